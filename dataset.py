@@ -1,0 +1,283 @@
+"""Lens images from .npy files: read and checked once, packed, held in memory, split the same way for everybody.
+
+    data/axion/*.npy   data/cdm/*.npy   data/no_sub/*.npy
+
+A file holds one 64x64 image of any numeric type and any range. The published axion files hold ``[image, axion mass]``
+as a pickled object array; they load too, but nothing in a file can run code: see ``_read_pickled_pair``.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as tvf
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from settings import InputError
+
+CLASSES = ("axion", "cdm", "no_sub")  # alphabetical, as the published labels 0, 1, 2
+IMG_SIZE = 64
+
+_SHAPES = ((IMG_SIZE, IMG_SIZE), (1, IMG_SIZE, IMG_SIZE), (IMG_SIZE, IMG_SIZE, 1))
+_VERSION = 1  # of the cache; change it when what is read from a file changes
+_LARGEST_FILE = 2**20  # bytes; an image of the widest numeric type takes an eighth of it
+
+
+class NpyDataset(Dataset):
+    """The images of a folder, or of one part of it, with their labels.
+
+    Args:
+        root_dir: folder with the class folders ``axion``, ``cdm`` and ``no_sub``.
+        transform: what ``dataset[i]`` applies to the images, (..., 1, 64, 64) in [0, 1]; nothing when None.
+        split: "train", "val", "test" or "all"; see ``split_of``.
+        on_bad_file: "raise" reports every bad file of the folder and stops, "skip" reports them and goes on.
+
+    Attributes:
+        images: (n, 1, 64, 64) float32, each image scaled to [0, 1] by its own minimum and maximum.
+        labels: (n,) int64, index into ``classes``.
+        axion_mass: (n,) float64 in eV, NaN where the file gives none.
+        files: path of each image relative to ``root_dir``.
+
+    Raises:
+        InputError: for a folder without the three classes, with bad files, or with no image in the split.
+    """
+
+    def __init__(
+        self,
+        root_dir: str | Path,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        split: str = "all",
+        on_bad_file: str = "raise",
+    ):
+        self.root_dir = Path(root_dir)
+        self.transform = transform
+        self.classes = CLASSES
+        self.class_to_idx = {name: label for label, name in enumerate(CLASSES)}
+        packed = _load_folder(self.root_dir, on_bad_file)
+        keep = np.flatnonzero([split in ("all", split_of(file)) for file in packed["file"]])
+        if not len(keep):
+            raise InputError(f"{root_dir}: none of its {len(packed)} images is in the part {split!r}; add images")
+        self.files = packed["file"][keep].tolist()
+        self.labels = torch.tensor([self.class_to_idx[file.split("/")[0]] for file in self.files])
+        self.axion_mass = packed["axion_mass"][keep].copy()
+        self.images = torch.from_numpy(packed["image"][keep])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Image and label of an index, or images (n, ...) and labels (n,) of a tensor of indices."""
+        images = self.images[index]
+        return self.transform(images) if self.transform else images, self.labels[index]
+
+    def to(self, device: str | torch.device) -> "NpyDataset":
+        """Moves the whole set to a GPU when it takes less than half of the memory free there."""
+        device = torch.device(device)
+        if device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            self.images, self.labels = self.images.to(device), self.labels.to(device)
+        return self
+
+    def batches(self, batch_size: int, order: Tensor | None = None, drop_last: bool = False) -> Iterator:
+        """Batches of images and labels, in the given order of indices; one indexing operation each."""
+        order = torch.arange(len(self)) if order is None else order
+        if drop_last:
+            order = order[: len(order) // batch_size * batch_size]
+        for index in order.to(self.labels.device).split(batch_size):
+            yield self[index]
+
+
+def diffusion_transforms(images: np.ndarray | Tensor) -> Tensor:
+    """Images (..., 64, 64) of any range to what the generator is trained on: (..., 1, 64, 64) in [-1, 1]."""
+    return normalize(images).mul_(2).sub_(1)
+
+
+def classifier_transforms(images: np.ndarray | Tensor, size: int = 224) -> Tensor:
+    """Images of any range to what ResNet18 takes: (..., 3, size, size) with the mean and spread of ImageNet."""
+    images = normalize(images)
+    if size != IMG_SIZE:
+        images = tvf.resize(images, [size, size], antialias=True)
+    images = images.expand(*images.shape[:-3], 3, size, size)
+    return tvf.normalize(images, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+
+
+def normalize(images: np.ndarray | Tensor) -> Tensor:
+    """Scales each image to [0, 1] by its own minimum and maximum; a constant image becomes zeros.
+
+    Takes (64, 64), (64, 64, 1) or (..., 1, 64, 64) of any numeric type, returns (..., 1, 64, 64) float32.
+    """
+    images = torch.as_tensor(images)
+    if tuple(images.shape[-3:]) == _SHAPES[2]:
+        images = images.squeeze(-1)
+    if images.dim() == 2:
+        images = images[None]
+    if images.dtype != torch.float32:
+        images = images.double()  # before the minimum is taken off: a faint source on a bright sky keeps its digits
+        images = images / images.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    low = images.amin((-2, -1), keepdim=True)
+    images = images - low
+    return images.div_(images.amax((-2, -1), keepdim=True).clamp_min_(torch.finfo(images.dtype).tiny)).float()
+
+
+def split_of(file: str | Path) -> str:
+    """The part a file belongs to, "train" (70%), "val" (15%) or "test" (15%), by a hash of its name alone.
+
+    So adding, removing or moving other files never changes it.
+    """
+    fraction = int.from_bytes(hashlib.sha256(Path(file).name.encode()).digest()[:8], "big") / 2**64
+    return "train" if fraction < 0.7 else "val" if fraction < 0.85 else "test"
+
+
+def read_image(path: str | Path) -> tuple[np.ndarray, float]:
+    """One .npy file: its image, (1, 64, 64) float32 in [0, 1], and its axion mass in eV, NaN if it has none.
+
+    Raises:
+        InputError: with the path and what is wrong with the file.
+    """
+    try:
+        if os.path.getsize(path) > _LARGEST_FILE:
+            raise InputError(f"is larger than any {IMG_SIZE}x{IMG_SIZE} image")
+        image, mass = _read_npy(Path(path).read_bytes())
+        if not np.isfinite(image).all():
+            raise InputError("holds NaN or Inf")
+        return normalize(image).numpy(), mass
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _read_npy(content: bytes) -> tuple[np.ndarray, float]:
+    """Pixels (a numeric array of one of _SHAPES) and axion mass in the bytes of a .npy file."""
+    if not content:
+        raise InputError("is empty")
+    if not content.startswith(np.lib.format.MAGIC_PREFIX):
+        raise InputError("is not a .npy file")
+    file = io.BytesIO(content)
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(file)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        raise InputError("has a damaged header") from None
+    body = content[file.tell() :]
+    if dtype.kind == "O" and shape == (2,):
+        return _read_pickled_pair(body)
+    _check_image(shape, dtype)
+    if len(body) < dtype.itemsize * IMG_SIZE**2:
+        raise InputError("is truncated")
+    pixels = np.frombuffer(body, dtype, IMG_SIZE**2).reshape(shape, order="F" if fortran_order else "C")
+    return _as_pixels(pixels), np.nan
+
+
+def _check_image(shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if dtype.kind not in "buif":
+        raise InputError(f"holds values of type {dtype}, not real numbers")
+    if shape not in _SHAPES:
+        raise InputError(f"has shape {shape}, not ({IMG_SIZE}, {IMG_SIZE})")
+
+
+def _as_pixels(array: np.ndarray) -> np.ndarray:
+    return array.reshape(IMG_SIZE, IMG_SIZE).astype(np.float32 if array.dtype == np.float32 else np.float64)
+
+
+class _NumpyUnpickler(pickle._Unpickler):
+    """Builds NumPy arrays and scalars and refuses every other thing a pickle can name.
+
+    The unpickler written in Python, since the one in C allocates whatever a damaged file asks for.
+    """
+
+    ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
+        ("multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+        ("multiarray", "scalar"): np._core.multiarray.scalar,
+        ("numeric", "_frombuffer"): np._core.numeric._frombuffer,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str):
+        short = module.removeprefix("numpy.core.").removeprefix("numpy._core.")  # NumPy 1 and NumPy 2
+        if (short, name) not in self.ALLOWED:
+            raise InputError(f"refused: its pickle asks for {module}.{name}")
+        return self.ALLOWED[short, name]
+
+
+def _read_pickled_pair(body: bytes) -> tuple[np.ndarray, float]:
+    """The published axion format: an object array ``[image, axion mass]``, pickled by NumPy 1.x or 2.x."""
+    try:
+        image, mass = _NumpyUnpickler(io.BytesIO(body)).load()
+        mass = float(mass)
+        _check_image(image.shape, image.dtype)
+        return _as_pixels(image), mass
+    except InputError:
+        raise
+    except Exception:  # a damaged pickle can raise nearly anything
+        raise InputError("is not a pair of image and axion mass, or is damaged") from None
+
+
+def _load_folder(root: Path, on_bad_file: str) -> np.ndarray:
+    """All images of a folder as an array of records (file, image, axion_mass), from its cache when that is fresh."""
+    listing = _list_files(root)
+    fingerprint = hashlib.sha256(repr((listing, _VERSION)).encode()).hexdigest()[:16]
+    cache = root / f".lens_cache_{fingerprint}.npy"
+    try:
+        return np.load(cache, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # absent, or cut short by a full disk
+        pass
+    names, problems = [file for file, *_ in listing], []
+    pixels = ("image", np.float32, (1, IMG_SIZE, IMG_SIZE))
+    packed = np.zeros(len(names), [("file", f"U{max(map(len, names))}"), pixels, ("axion_mass", float)])
+    for i, name in enumerate(tqdm(names, f"reading {root}", unit="file", leave=False)):
+        try:
+            packed[i] = (name, *read_image(root / name))
+        except InputError as error:
+            problems.append(str(error))
+    if problems:  # no cache: bad files are reported by every run
+        report = f"{len(problems)} bad files of {len(listing)} in {root}:\n  " + "\n  ".join(problems)
+        if on_bad_file == "raise" or len(problems) == len(listing):
+            raise InputError(report + '\nremove or mend them, or set ON_BAD_FILE = "skip"')
+        print(report + "\nskipped")
+        return packed[packed["file"] != ""]
+    _write_cache(cache, packed)
+    return packed
+
+
+def _list_files(root: Path) -> list[tuple[str, int, int, int]]:
+    """(relative path, size, times of change) of every image, which tells when the folder has changed."""
+    missing = [name for name in CLASSES if not (root / name).is_dir()]
+    if missing:
+        raise InputError(f"{root}: no folder {' or '.join(missing)}; it must hold {', '.join(CLASSES)} with .npy files")
+    listing = []
+    for name in CLASSES:
+        with os.scandir(root / name) as entries:
+            for entry in entries:
+                if entry.name.endswith(".npy"):
+                    try:
+                        status = entry.stat()
+                        listing.append((f"{name}/{entry.name}", status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+                    except OSError:  # a broken link; reading it will say so
+                        listing.append((f"{name}/{entry.name}", -1, -1, -1))
+    if not listing:
+        raise InputError(f"{root}: no .npy files in its class folders")
+    return sorted(listing)
+
+
+def _write_cache(path: Path, packed: np.ndarray) -> None:
+    """Writes the cache of a folder in place of its older ones; it appears whole or not at all."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            np.save(file, packed)
+        for old in path.parent.glob(".lens_cache_*.npy"):
+            old.unlink()
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        print(f"{path} cannot be written ({error.strerror}): the files will be read again next time")

@@ -1,0 +1,64 @@
+"""Says which dark matter a lens image shows, by the trained classifier.
+
+    python evaluate/evaluate_classify.py --npy_path generated_npy/axion/0.npy
+    python evaluate/evaluate_classify.py --npy_path generated_npy          # a folder: a table and the accuracy
+
+The images may be of any range; each is scaled to [0, 1] first, as in training.
+"""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import settings
+from dataset import CLASSES, read_image
+from models.classifier import classify, load_classifier
+from settings import InputError
+
+NPY_PATH = None  # An image, or a folder of images; those in folders named axion, cdm and no_sub are scored
+MODEL_PATH = "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt"  # The trained classifier
+DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
+
+
+def main() -> None:
+    model = load_classifier(MODEL_PATH, settings.pick_device(DEVICE))
+    path = Path(NPY_PATH)
+    if not path.is_dir():
+        probabilities, _ = classify(model, torch.from_numpy(read_image(path)[0])[None])
+        confidence, index = probabilities[0].max(0)
+        print(f"Predicted Class: '{CLASSES[index]}' (Index: {index})")
+        print(f"Confidence: {confidence:.4f}")
+        return
+    files = sorted(path.rglob("*.npy"), key=lambda file: (file.parent, len(file.name), file.name))
+    if not files:
+        raise InputError(f"{path}: no .npy files in it")
+    images, problems = [], []
+    for file in files:
+        try:
+            images.append(torch.from_numpy(read_image(file)[0]))
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    confidences, indices = classify(model, torch.stack(images))[0].max(1)
+    print_table([str(file.relative_to(path)) for file in files], indices.tolist(), confidences.tolist())
+
+
+def print_table(files: list[str], indices: list[int], confidences: list[float]) -> None:
+    """A line for each file, then the accuracy of each class folder."""
+    width = max(map(len, files))
+    print(f"{'file':{width}}  {'predicted':9}  confidence")
+    for file, index, confidence in zip(files, indices, confidences, strict=True):
+        print(f"{file:{width}}  {CLASSES[index]:9}  {confidence:.4f}")
+    right = [CLASSES[index] == Path(file).parent.name for file, index in zip(files, indices, strict=True)]
+    for name in CLASSES:
+        of_class = [correct for file, correct in zip(files, right, strict=True) if Path(file).parent.name == name]
+        if of_class:
+            print(f"Accuracy on {name}: {sum(of_class) / len(of_class):.2%} of {len(of_class)}")
+
+
+if __name__ == "__main__":
+    settings.run(main, globals(), required=("NPY_PATH",))

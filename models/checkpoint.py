@@ -1,0 +1,73 @@
+"""The checkpoint format: a dictionary saved by torch, with the network's own configuration inside.
+
+``model_state_dict``, ``ema_state_dict`` (ema-pytorch's), ``model_config`` and whatever else training needs to go on.
+Files of the published code, without a configuration and with NumPy scalars among their numbers, load too. No file can
+run code: everything is read with ``weights_only=True``.
+"""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.model import NanoDiT
+from settings import InputError
+
+# The published code built its one network without writing down how; it used the exact GELU
+PUBLISHED_CONFIG = {"patch_size": 2, "hidden_size": 512, "depth": 6, "num_heads": 8, "gelu": "none"}
+
+# The published checkpoints hold the loss and the learning rate as NumPy scalars, named as NumPy 1 or NumPy 2 names them
+_NUMPY_SCALAR = [
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+]
+
+
+def save_checkpoint(path: str | Path, **content: Any) -> None:
+    """Writes a checkpoint; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(content, part)
+    os.replace(part, path)
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """The content of a checkpoint.
+
+    Raises:
+        InputError: for a file that is absent, is no checkpoint or holds anything but tensors and plain values.
+    """
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALAR):
+            content = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path}: no such checkpoint ({error.strerror})") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not a checkpoint, or a damaged one ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict) or "model_state_dict" not in content:
+        raise InputError(f"{path}: not a checkpoint: no 'model_state_dict' in it")
+    return content
+
+
+def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Puts weights into a module, names as compiled modules save them included; all must fit."""
+    try:
+        module.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in weights.items()})
+    except (RuntimeError, AttributeError) as error:
+        raise InputError(f"{path}: weights of another network ({str(error).splitlines()[0]})") from None
+
+
+def build_generator(content: dict[str, Any], path: str | Path) -> NanoDiT:
+    """The network of a checkpoint with its EMA weights, or the plain ones when it has no EMA, in evaluation mode."""
+    model = NanoDiT(**content.get("model_config", PUBLISHED_CONFIG))
+    prefix = "ema_model."
+    ema = {k.removeprefix(prefix): v for k, v in content.get("ema_state_dict", {}).items() if k.startswith(prefix)}
+    load_weights(model, ema or content["model_state_dict"], path)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,222 @@
+"""NanoDiT, a small diffusion transformer with AdaLN-Zero conditioning (Peebles & Xie 2022, arXiv:2212.09748, Sec. 3).
+
+Names and shapes of the parameters are those of facebookresearch/DiT, so equal weights give equal outputs.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import flow
+
+# NanoDiT-<width>/<patch>, largest first. B/2 is the published network, for a GPU; S, under 5 M parameters and with few
+# tokens, trains on a CPU
+SIZES = {
+    "NanoDiT-B/2": {"patch_size": 2, "hidden_size": 512, "depth": 6, "num_heads": 8, "prediction": "velocity"},
+    "NanoDiT-B/4": {"patch_size": 4, "hidden_size": 512, "depth": 6, "num_heads": 8, "prediction": "velocity"},
+    "NanoDiT-S/8": {"patch_size": 8, "hidden_size": 192, "depth": 6, "num_heads": 3, "prediction": "image"},
+    "NanoDiT-S/16": {"patch_size": 16, "hidden_size": 192, "depth": 6, "num_heads": 3, "prediction": "image"},
+}
+
+
+class NanoDiT(nn.Module):
+    """Velocity of the flow at noisy images, given time and class.
+
+    Args:
+        input_size: height and width of the images in pixels, a multiple of ``patch_size``.
+        patch_size: height and width of a token in pixels.
+        hidden_size: width of the network, a multiple of 4 and of ``num_heads``.
+        depth: number of transformer blocks.
+        num_classes: number of classes; label ``num_classes`` means no class.
+        timestep_freq_scale: t in [0, 1] is multiplied by this before its sinusoidal embedding.
+        prediction: what the last layer predicts, the "velocity" or the clean "image" (arXiv:2511.13720); ``forward``
+            returns a velocity in either case.
+        gelu: "tanh" as DiT has it, or "none", the exact function that the published NanoDiT had.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 64,
+        patch_size: int = 2,
+        in_channels: int = 1,
+        hidden_size: int = 512,
+        depth: int = 6,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 3,
+        timestep_freq_scale: float = 1000.0,
+        prediction: str = "velocity",
+        gelu: str = "tanh",
+    ):
+        super().__init__()
+        self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(
+                f"patches of {patch_size} must tile {input_size} pixels, and a width of {hidden_size} must be a "
+                f"multiple of 4 and of its {num_heads} heads"
+            )
+        self.image_shape = (in_channels, input_size, input_size)
+        self.patch_size = patch_size
+        self.num_tokens = (input_size // patch_size) ** 2
+        self.num_classes = num_classes
+        self.prediction = prediction
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, timestep_freq_scale)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.pos_embed = nn.Parameter(
+            sincos_positions(hidden_size, input_size // patch_size)[None], requires_grad=False
+        )
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, gelu) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self._initialize()
+
+    def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """z (n, c, h, w), t (n,) in [0, 1], labels (n,) in 0..num_classes -> velocity (n, c, h, w)."""
+        tokens = self.x_embedder(z) + self.pos_embed
+        condition = self.t_embedder(t) + self.y_embedder(labels)
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        out = self._unpatchify(self.final_layer(tokens, condition))
+        return flow.velocity_from_image(out.float(), z, t) if self.prediction == "image" else out
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
+        """(n, tokens, patch * patch * c) -> (n, c, h, w)."""
+        c, h, w = self.image_shape
+        p = self.patch_size
+        patches = tokens.view(len(tokens), h // p, w // p, p, p, c)
+        return torch.einsum("nhwpqc->nchpwq", patches).reshape(len(tokens), c, h, w)
+
+    def _initialize(self) -> None:
+        """Xavier for linear layers, N(0, 0.02) for embeddings, zero for AdaLN and the output (arXiv:2212.09748)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(len(self.x_embedder.proj.weight), -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(embedding.weight, std=0.02)
+        for layer in [block.adaLN_modulation[1] for block in self.blocks] + [
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Images (n, c, h, w) to tokens (n, tokens, width), one a patch, row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Times (n,) to vectors (n, width): 256 cosines and sines, then a small network."""
+
+    def __init__(self, hidden_size: int, freq_scale: float, num_frequencies: int = 128):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        frequencies = torch.exp(-math.log(10000) * torch.arange(num_frequencies) / num_frequencies)
+        self.register_buffer("frequencies", freq_scale * frequencies, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t[:, None].float() * self.frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (n,) to vectors (n, width); the last row of the table stands for no class."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens (n, tokens, width)."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(n, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, hidden_size: int, mlp_size: int, gelu: str):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_size)
+        self.act = nn.GELU(approximate=gelu)
+        self.fc2 = nn.Linear(mlp_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the condition (arXiv:2212.09748, Fig. 3)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, gelu: str):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), gelu)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition)[:, None].chunk(6, dim=2)
+        x = x + gate1 * self.attn(_modulate(self.norm1(x), shift1, scale1))
+        return x + gate2 * self.mlp(_modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Tokens (n, tokens, width) to patches (n, tokens, patch * patch * channels)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=2)
+        return self.linear(_modulate(self.norm_final(x), shift, scale))
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def sincos_positions(hidden_size: int, grid_size: int) -> Tensor:
+    """Fixed 2-D positions (grid_size ** 2, hidden_size), row by row.
+
+    A quarter each of the sines and cosines of the column, then of the row, over geometric frequencies from 1 down
+    (Vaswani et al. 2017, arXiv:1706.03762, Sec. 3.5, in the two-dimensional layout of MAE, arXiv:2111.06377).
+    """
+    quarter = hidden_size // 4
+    frequencies = 10000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns, rows = axis.repeat(grid_size, 1), axis.repeat_interleave(grid_size, 0)
+    return torch.cat([columns, rows], dim=1).float()

@@ -1,0 +1,74 @@
+"""The pictures the scripts write: image grids, training curves, confusion matrices."""
+
+import csv
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def image_grid(path: str | Path, rows: dict[str, np.ndarray], title: str = "") -> None:
+    """Writes rows of lens images, each under its name.
+
+    Args:
+        rows: name of each row, drawn to its left, and its images (n, 64, 64) or (n, 1, 64, 64) in [0, 1].
+    """
+    columns = max(len(images) for images in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(1.2 * columns + 2.2, 1.2 * len(rows) + 0.3), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.set_frame_on(False)
+    for axes_of_row, (name, images) in zip(axes, rows.items(), strict=True):
+        axes_of_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for axis, image in zip(axes_of_row, images, strict=False):
+            axis.imshow(np.asarray(image).reshape(image.shape[-2:]), cmap="inferno", vmin=0, vmax=1, origin="lower")
+    if title:
+        figure.suptitle(title)
+    _save(figure, path)
+
+
+def training_curves(folder: str | Path, history: list[dict[str, float]], panels: list[list[str]]) -> None:
+    """Writes training_metrics.csv, a row an epoch, and training_metrics.png, a panel for each list of its columns."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "training_metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, history[0].keys())
+        writer.writeheader()
+        writer.writerows(history)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False, layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for axis, columns in zip(axes[0], panels, strict=True):
+        for column in columns:
+            marker = "." if len(epochs) < 30 else ""
+            axis.plot(epochs, [row[column] for row in history], marker=marker, label=column.replace("_", " "))
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        axis.legend()
+        if not any("accuracy" in column for column in columns):
+            axis.set_yscale("log")
+    _save(figure, folder / "training_metrics.png")
+
+
+def confusion_matrix(path: str | Path, counts: np.ndarray, classes: tuple[str, ...], title: str = "") -> None:
+    """Writes a confusion matrix: counts[i, j] images of class i called class j."""
+    figure, axis = plt.subplots(figsize=(4.5, 4), layout="constrained")
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (i, j), count in np.ndenumerate(counts):
+        color = "white" if share[i, j] > 0.5 else "black"
+        axis.text(j, i, f"{count}\n{share[i, j]:.1%}", ha="center", va="center", color=color)
+    axis.set_xticks(range(len(classes)), classes)
+    axis.set_yticks(range(len(classes)), classes)
+    axis.set(xlabel="called", ylabel="true", title=title)
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,135 @@
+"""Every UPPER_CASE constant at the top of a script is also a command-line flag of the same name in lower case.
+
+    BATCH_SIZE = 160          # Reduce when the GPU runs out of memory
+    ...
+    if __name__ == "__main__":
+        settings.run(main, globals())   # --batch_size 32 sets BATCH_SIZE, then main() runs
+
+The type of a flag is the type of its constant; ``X: Literal["a", "b"] = "a"`` also limits its values, and the comment
+behind a constant is its help. Relative paths written in a script mean "inside this repository", relative paths given
+as a flag mean "from the current folder".
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path(__file__).resolve().parent
+MAY_BE_ZERO = {"SEED", "NUM_WORKERS", "WARMUP_EPOCHS"}  # other whole numbers count something there must be one of
+PATH_ENDINGS = ("_DIR", "_PATH")
+
+
+class InputError(Exception):
+    """A mistake in what the user gave: a file, a folder or a setting. Its text is one line that says what to do."""
+
+
+def run(main: Callable[[], None], script: dict[str, Any], required: tuple[str, ...] = ()) -> None:
+    """Sets the constants of a script from the command line and runs it; a mistake of the user ends it with one line."""
+    from_flags(script, required=required)
+    try:
+        main()
+    except InputError as error:
+        stop(str(error))
+    except KeyboardInterrupt:
+        stop("stopped", 130)
+
+
+def from_flags(script: dict[str, Any], argv: list[str] | None = None, required: tuple[str, ...] = ()) -> None:
+    """Replaces the constants of a script by the values given on the command line.
+
+    Args:
+        script: the script's ``globals()``; changed in place.
+        argv: the arguments, ``sys.argv[1:]`` when None.
+        required: names of constants that have no usable default.
+
+    Raises:
+        SystemExit: with status 2 and one line on stderr for an unknown flag or a bad value.
+    """
+    notes = dict(
+        re.findall(r"^([A-Z][A-Z0-9_]*)\b[^#\n]*=[^#\n]*#\s*(.*)$", Path(script["__file__"]).read_text(), re.M)
+    )
+    parser = _Parser(description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in list(script.items()):
+        if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or not isinstance(default, bool | int | float | str | None):
+            continue
+        if name.endswith(PATH_ENDINGS) and default is not None:
+            script[name] = str(ROOT / default)
+        help_text = notes.get(name, "") + ("" if name in required else f" [{default}]")
+        parser.add_argument(
+            f"--{name.lower()}",
+            dest=name,
+            type=_reader(name, default, get_args(script.get("__annotations__", {}).get(name))),
+            default=argparse.SUPPRESS,
+            required=name in required,
+            metavar="VALUE",
+            help=help_text.strip().replace("%", "%%"),
+        )
+    script.update(vars(parser.parse_args(argv)))
+
+
+def pick_device(name: str) -> "torch.device":
+    """The torch device of a DEVICE constant; "auto" is the GPU when there is one.
+
+    Raises:
+        InputError: for a device that is not there.
+    """
+    import torch  # here, so that scripts that need no torch start fast
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, is_there in there.items() if is_there)
+    if not there[name]:
+        raise InputError(f"no {name} device on this machine: --device auto takes what is there")
+    return torch.device(name)
+
+
+def stop(message: str, status: int = 1) -> NoReturn:
+    """Ends the script with one line on stderr and no traceback."""
+    print(message, file=sys.stderr)
+    raise SystemExit(status)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        stop(f"{Path(self.prog).name}: {message} (--help lists the flags)", 2)
+
+
+def _reader(name: str, default: Any, choices: tuple):
+    """The function that turns the text of a flag into a value; argparse prints its errors as one line."""
+
+    def read(text: str) -> Any:
+        if choices:
+            if text not in map(str, choices):
+                raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, choices))}")
+            return next(choice for choice in choices if str(choice) == text)
+        if isinstance(default, bool):
+            if text.lower() not in ("true", "false"):
+                raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+            return text.lower() == "true"
+        if isinstance(default, int | float):
+            return _number(name, text, type(default))
+        return None if text == "None" else text
+
+    return read
+
+
+def _number(name: str, text: str, kind: type) -> int | float:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of 0 or more")
+    if kind is int and value == 0 and name not in MAY_BE_ZERO:
+        raise argparse.ArgumentTypeError("it must be 1 or more")
+    return value
