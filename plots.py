@@ -3,23 +3,19 @@
 import csv
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 
-def image_grid(path: str | Path, rows: dict[str, np.ndarray], title: str = "") -> None:
-    """Writes rows of lens images, each under its name.
+def image_grid(rows: dict[str, np.ndarray], title: str = "") -> Figure:
+    """Rows of lens images, each with its name to the left.
 
     Args:
-        rows: name of each row, drawn to its left, and its images (n, 64, 64) or (n, 1, 64, 64) in [0, 1].
+        rows: name of each row and its images, (n, 64, 64) or (n, 1, 64, 64) in [0, 1].
     """
     columns = max(len(images) for images in rows.values())
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(1.2 * columns + 2.2, 1.2 * len(rows) + 0.3), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(1.2 * columns + 2, 1.25 * len(rows) + 0.3), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.set_frame_on(False)
@@ -27,9 +23,8 @@ def image_grid(path: str | Path, rows: dict[str, np.ndarray], title: str = "") -
         axes_of_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for axis, image in zip(axes_of_row, images, strict=False):
             axis.imshow(np.asarray(image).reshape(image.shape[-2:]), cmap="inferno", vmin=0, vmax=1, origin="lower")
-    if title:
-        figure.suptitle(title)
-    _save(figure, path)
+    figure.suptitle(title)
+    return figure
 
 
 def training_curves(folder: str | Path, history: list[dict[str, float]], panels: list[list[str]]) -> None:
@@ -40,7 +35,8 @@ def training_curves(folder: str | Path, history: list[dict[str, float]], panels:
         writer = csv.DictWriter(file, history[0].keys())
         writer.writeheader()
         writer.writerows(history)
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     epochs = [row["epoch"] for row in history]
     for axis, columns in zip(axes[0], panels, strict=True):
         for column in columns:
@@ -51,12 +47,13 @@ def training_curves(folder: str | Path, history: list[dict[str, float]], panels:
         axis.legend()
         if not any("accuracy" in column for column in columns):
             axis.set_yscale("log")
-    _save(figure, folder / "training_metrics.png")
+    save(figure, folder / "training_metrics.png")
 
 
-def confusion_matrix(path: str | Path, counts: np.ndarray, classes: tuple[str, ...], title: str = "") -> None:
-    """Writes a confusion matrix: counts[i, j] images of class i called class j."""
-    figure, axis = plt.subplots(figsize=(4.5, 4), layout="constrained")
+def confusion_matrix(counts: np.ndarray, classes: tuple[str, ...], title: str = "") -> Figure:
+    """A confusion matrix: counts[i, j] images of class i called class j, with their share of class i."""
+    figure = Figure(figsize=(4.5, 4), layout="constrained")
+    axis = figure.subplots()
     share = counts / counts.sum(1, keepdims=True).clip(1)
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (i, j), count in np.ndenumerate(counts):
@@ -65,10 +62,10 @@ def confusion_matrix(path: str | Path, counts: np.ndarray, classes: tuple[str, .
     axis.set_xticks(range(len(classes)), classes)
     axis.set_yticks(range(len(classes)), classes)
     axis.set(xlabel="called", ylabel="true", title=title)
-    _save(figure, path)
+    return figure
 
 
-def _save(figure: plt.Figure, path: str | Path) -> None:
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a figure, making its folder when there is none."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ GENERATED_DIR = "generated_npy"  # Where the generated images go; those of an ea
 FIGURE_PATH = "generated_npy/lenses.png"  # Picture of real and generated lenses
 CHECKPOINT_PATH = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # The generator
 CLASSIFIER_PATH = "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt"  # Gives the lens features
-INCEPTION_WEIGHTS_PATH = None  # pt_inception-2015-12-05-6726825d.pth, for a machine without network
+INCEPTION_WEIGHTS_PATH = None  # File of its weights, for a machine without network
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" goes on without the files that cannot be read
 IMAGES_PER_CLASS = 1000  # As many as half of the test images of a class if these are fewer
 NUM_ODE_STEPS = 50  # Euler steps from noise to image
@@ -173,18 +174,21 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def load_inception(device: torch.device) -> NoTrainInceptionV3 | None:
     """The network of the usual FID; None, with a line on how to get it, when its weights are not to be had."""
     path = INCEPTION_WEIGHTS_PATH
-    if path and not Path(path).is_file():
-        raise InputError(f"--inception_weights_path {path}: no such file")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
     try:
+        if path:
+            torch.load(path, weights_only=True)  # first: torch-fidelity would run whatever code is in the file
+        else:
+            torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, check_hash=True, weights_only=True)
         return NoTrainInceptionV3("inception-v3-compat", ["2048"], path).to(device)
     except Exception as error:
         if path:
-            raise InputError(f"--inception_weights_path {path}: no weights of that network ({error})") from None
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"--inception_weights_path {path}: no weights of that network ({reason})") from None
         print(
-            "FID with Inception is left out: its weights, pt_inception-2015-12-05-6726825d.pth of the torch-fidelity "
-            "releases on GitHub, cannot be fetched; --inception_weights_path takes the file"
+            "FID with Inception is left out: its weights cannot be fetched; --inception_weights_path takes the file "
+            f"{URL_INCEPTION_V3}"
         )
         return None
     finally:
@@ -223,7 +227,7 @@ def write_figure(path: str, real: Tensor, generated: Tensor, labels: Tensor, tab
         rows[f"{name}\nreal"] = real[labels == label][:8].numpy()
         scores = f"Fréchet {ratio:.1f} x floor\nclassifier {accuracy:.0%}"
         rows[f"{name}\ngenerated\n{scores}"] = generated[labels == label][:8].numpy()
-    plots.image_grid(path, rows)
+    plots.save(plots.image_grid(rows), path)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     except OSError as error:
         raise InputError(f"{path}: no such checkpoint ({error.strerror})") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not a checkpoint, or a damaged one ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: not a checkpoint, or a damaged one ({str(error).partition(chr(10))[0]})") from None
     if not isinstance(content, dict) or "model_state_dict" not in content:
         raise InputError(f"{path}: not a checkpoint: no 'model_state_dict' in it")
     return content
@@ -61,7 +61,7 @@ def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path
     try:
         module.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in weights.items()})
     except (RuntimeError, AttributeError) as error:
-        raise InputError(f"{path}: weights of another network ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: weights of another network ({str(error).partition(chr(10))[0]})") from None
 
 
 def build_generator(content: dict[str, Any], path: str | Path) -> NanoDiT:

@@ -130,7 +130,7 @@ class TimestepEmbedder(nn.Module):
         self.register_buffer("frequencies", freq_scale * frequencies, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None].float() * self.frequencies
+        angles = t[:, None].to(self.frequencies.dtype) * self.frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 

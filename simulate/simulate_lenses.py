@@ -35,8 +35,7 @@ NUM_PER_CLASS = 5000  # Images of each class; the published set has 30000
 SEED = 0  # Change it for an independent set
 NUM_WORKERS = 0  # Processes; 0 takes one for each core
 
-# "luminosity" distances give the published images; "angular_diameter" is the textbook formula
-EINSTEIN_RADIUS_CONVENTION: Literal["luminosity", "angular_diameter"] = "luminosity"
+EINSTEIN_RADIUS_CONVENTION: Literal["luminosity", "angular_diameter"] = "luminosity"  # The second one is the textbook's
 
 # The recipe itself
 _CLASSES = ("axion", "cdm", "no_sub")
@@ -121,12 +120,13 @@ def einstein_radius(mass: np.ndarray | float, convention: str = "luminosity") ->
 @cache
 def _einstein_radius_of_one(convention: str) -> float:
     cosmology = FlatLambdaCDM(H0=70, Om0=0.3, Ob0=0.05)
+    lens, source = cosmology.comoving_distance([_Z_LENS, _Z_SOURCE])
     if convention == "luminosity":
-        lens, source = cosmology.luminosity_distance(_Z_LENS), cosmology.luminosity_distance(_Z_SOURCE)
+        lens, source = lens * (1 + _Z_LENS), source * (1 + _Z_SOURCE)
         between = source - lens
     else:
-        lens, source = cosmology.angular_diameter_distance(_Z_LENS), cosmology.angular_diameter_distance(_Z_SOURCE)
-        between = cosmology.angular_diameter_distance_z1z2(_Z_LENS, _Z_SOURCE)
+        between = (source - lens) / (1 + _Z_SOURCE)  # of a flat universe
+        lens, source = lens / (1 + _Z_LENS), source / (1 + _Z_SOURCE)
     angle = np.sqrt(4 * constants.G * units.solMass / constants.c**2 * between / (lens * source))
     return 206265 * angle.to_value("")
 

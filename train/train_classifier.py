@@ -102,7 +102,7 @@ def main() -> None:
 
     _, accuracy, counts = evaluate(load_classifier(path, device), test)
     title = f"test accuracy {accuracy:.2%}"
-    plots.confusion_matrix(output / "confusion_matrix.png", counts.numpy(), CLASSES, title)
+    plots.save(plots.confusion_matrix(counts.numpy(), CLASSES, title), output / "confusion_matrix.png")
     print(f"{title} of {path}; rows are the true classes {', '.join(CLASSES)}:\n{counts.numpy()}")
 
 
@@ -122,7 +122,8 @@ def load_imagenet_weights(model: nn.Module) -> bool:
         return True
     except Exception as error:
         if WEIGHTS_PATH:
-            raise InputError(f"--weights_path {WEIGHTS_PATH}: no weights of a ResNet18 ({error})") from None
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"--weights_path {WEIGHTS_PATH}: no weights of a ResNet18 ({reason})") from None
         print("ImageNet weights cannot be fetched (--weights_path takes a file): training from scratch")
         return False
     finally:

@@ -86,7 +86,7 @@ def main() -> None:
     ema = EMA(model, beta=EMA_BETA, update_every=EMA_UPDATE_EVERY, include_online_model=False)
     if COMPILE:
         model.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     warmup, total = WARMUP_EPOCHS * steps_per_epoch, EPOCHS * steps_per_epoch
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
     scaler = torch.amp.GradScaler(device.type, enabled=AMP_DTYPE == "float16")
@@ -192,7 +192,8 @@ def write_samples(output: Path, epoch: int, model: NanoDiT, device: torch.device
     samples = flow.sample(model.eval(), labels, model.image_shape, len(CLASSES), NUM_ODE_STEPS, CFG_SCALE)
     images = flow.to_unit_range(samples).cpu().numpy()
     by_class = dict(zip(CLASSES, images.reshape(len(CLASSES), -1, IMG_SIZE, IMG_SIZE), strict=True))
-    plots.image_grid(output / "dit_conditional_images" / f"sample_epoch_{epoch}.png", by_class, f"epoch {epoch}")
+    grid = plots.image_grid(by_class, f"epoch {epoch}")
+    plots.save(grid, output / "dit_conditional_images" / f"sample_epoch_{epoch}.png")
     folder = output / "dit_conditional_npy" / f"sample_epoch_{epoch}"
     folder.mkdir(parents=True, exist_ok=True)
     for label, name in enumerate(CLASSES):

@@ -1,0 +1,71 @@
+"""What several tests share: a small simulated data set, a small trained generator and a small trained classifier."""
+
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(__file__).resolve().parent / "data"
+sys.path.insert(0, str(ROOT))
+
+
+def run_script(script: str, *flags: str) -> dict:
+    """Runs a script of the repository in this process, as ``python script *flags`` would; returns its globals."""
+    old = sys.argv
+    sys.argv = [str(ROOT / script), *map(str, flags)]
+    try:
+        return runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv = old
+
+
+@pytest.fixture(scope="session")
+def lens_data(tmp_path_factory) -> Path:
+    """48 simulated images of each class."""
+    folder = tmp_path_factory.mktemp("lenses")
+    run_script("simulate/simulate_lenses.py", "--data_dir", folder, "--num_per_class", "48", "--num_workers", "1")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def generator_run(lens_data, tmp_path_factory) -> Path:
+    """OUTPUT_DIR of a short training run of a tiny network."""
+    folder = tmp_path_factory.mktemp("run") / "diffusion_training"
+    run_script("train/train_diffusion.py", *TINY_TRAINING, "--data_dir", lens_data, "--output_dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(generator_run) -> Path:
+    return generator_run / "dit_conditional_ckpts" / "dit_conditional_final.pt"
+
+
+@pytest.fixture(scope="session")
+def classifier_run(lens_data, tmp_path_factory) -> Path:
+    """OUTPUT_DIR of a short training run of the classifier."""
+    folder = tmp_path_factory.mktemp("run") / "classifier_training_resnet18"
+    flags = ["--image_size", 32, "--batch_size", 16, "--epochs", 2, "--pretrained", "false"]
+    run_script("train/train_classifier.py", *flags, "--data_dir", lens_data, "--output_dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifier(classifier_run) -> Path:
+    return classifier_run / "classifier_ckpts" / "resnet18_best.pt"
+
+
+@pytest.fixture
+def data_copy(lens_data, tmp_path) -> Path:
+    """A copy of the simulated images that a test may change."""
+    return Path(shutil.copytree(lens_data, tmp_path / "data", ignore=shutil.ignore_patterns(".lens_cache*")))
+
+
+TINY_TRAINING = [
+    *("--patch_size", 16, "--latent_dim", 32, "--model_depth", 2, "--model_heads", 2, "--prediction", "image"),
+    *("--batch_size", 16, "--epochs", 4, "--warmup_epochs", 0.5, "--learning_rate", 2e-3, "--num_ode_steps", 2),
+    *("--ema_beta", 0.9, "--ema_update_every", 1, "--sample_interval", 2, "--checkpoint_save_interval", 2),
+    *("--num_samples_per_class", 2, "--cfg_scale", 1.5),
+]

@@ -1,0 +1,142 @@
+"""Checkpoints give back what was saved, the published ones load, and none runs code."""
+
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from ema_pytorch import EMA
+
+from models.checkpoint import build_generator, load_checkpoint, load_weights, save_checkpoint
+from models.classifier import load_classifier
+from models.model import SIZES, NanoDiT
+from settings import InputError
+
+TINY = {"patch_size": 16, "hidden_size": 16, "depth": 1, "num_heads": 2}
+
+
+def randomized(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def velocity_of(model):
+    torch.manual_seed(0)
+    return model(torch.randn(2, 1, 64, 64), torch.tensor([0.3, 0.9]), torch.tensor([0, 3]))
+
+
+def test_a_generator_is_its_ema_weights(tmp_path):
+    torch.manual_seed(0)
+    model = randomized(NanoDiT(**TINY, prediction="image"))
+    ema = EMA(model, include_online_model=False)
+    expected = velocity_of(ema.ema_model)
+    randomized(model)
+    path = tmp_path / "new" / "c.pt"
+    save_checkpoint(
+        path, model_state_dict=model.state_dict(), ema_state_dict=ema.state_dict(), model_config=model.config
+    )
+    loaded = build_generator(load_checkpoint(path), path)
+    torch.testing.assert_close(velocity_of(loaded), expected)
+    assert not torch.allclose(velocity_of(loaded), velocity_of(model))
+    assert not loaded.training
+    assert [file.name for file in path.parent.iterdir()] == ["c.pt"]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A checkpoint as the published code writes it: no configuration, NumPy scalars among the numbers."""
+    torch.manual_seed(0)
+    model = randomized(NanoDiT(**SIZES["NanoDiT-B/2"], gelu="none"))
+    ema = EMA(model, include_online_model=False)
+    content = {
+        "model_state_dict": NanoDiT().state_dict(),
+        "ema_state_dict": ema.state_dict(),
+        "scheduler_state_dict": {"_last_lr": [np.float64(1e-4)], "last_epoch": 3},
+        "epoch": 69,
+        "loss": np.float64(0.01),
+        "global_step": 1000,
+    }
+    path = tmp_path_factory.mktemp("published") / "dit_conditional_epoch_69.pt"
+    torch.save(content, path)
+    return path, model
+
+
+def test_published_checkpoints_load(published):
+    path, model = published
+    content = load_checkpoint(path)
+    assert content["epoch"] == 69
+    assert content["loss"] == 0.01
+    loaded = build_generator(content, path)
+    assert sum(p.numel() for p in loaded.parameters()) == 29_808_132
+    z, t, y = torch.randn(1, 1, 64, 64), torch.tensor([0.5]), torch.tensor([1])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(z, t, y), model(z, t, y))
+
+
+def test_numpy_scalars_load_under_their_old_and_new_names(published, tmp_path):
+    """NumPy 1, with which the published code ran, calls the module numpy.core."""
+    path, _ = published
+    old = tmp_path / "old.pt"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(old, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in content
+                content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            target.writestr(name, content)
+    assert load_checkpoint(old)["loss"] == 0.01
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("bombed", "w"))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_no_checkpoint_runs_code(tmp_path, monkeypatch, inside):
+    monkeypatch.chdir(tmp_path)
+    content = {"model_state_dict": {}, "epoch": Bomb()} if inside else Bomb()
+    torch.save(content, "zip.pt")
+    with open("plain.pt", "wb") as file:
+        pickle.dump(content, file)
+    for name in ("zip.pt", "plain.pt"):
+        with pytest.raises(InputError, match=name) as raised:
+            load_checkpoint(name)
+        assert "\n" not in str(raised.value)
+    assert not (tmp_path / "bombed").exists()
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path, checkpoint, classifier):
+    (tmp_path / "text.pt").write_text("not a checkpoint\n")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:5000])
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in ("text.pt", "empty.pt", "cut.pt", "list.pt", "absent.pt", "."):
+        with pytest.raises(InputError) as raised:
+            load_checkpoint(tmp_path / name)
+        assert str(raised.value).startswith(str(tmp_path / name))
+        assert "\n" not in str(raised.value)
+    with pytest.raises(InputError, match="another network"):
+        build_generator(load_checkpoint(classifier), classifier)
+    with pytest.raises(InputError, match="another network"):
+        load_classifier(checkpoint)
+
+
+def test_weights_saved_by_a_compiled_module_load(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    load_weights(
+        model, {f"_orig_mod.{name}": torch.ones_like(value) for name, value in model.state_dict().items()}, "x"
+    )
+    assert model.weight.eq(1).all()
+
+
+def test_no_script_loads_a_file_that_could_run_code():
+    for path in ROOT.glob("*/*.py"):
+        if "tests" not in path.parts:
+            source = path.read_text()
+            assert "weights_only=False" not in source
+            assert "allow_pickle=True" not in source

@@ -1,0 +1,350 @@
+"""Any sound .npy image loads; anything else is named, all at once, and nothing in a file runs."""
+
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import dataset
+from dataset import CLASSES, NpyDataset, classifier_transforms, diffusion_transforms, normalize, read_image, split_of
+from settings import InputError
+
+IMAGE = np.random.default_rng(0).random((64, 64))
+
+
+def write(path, array, **kwargs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, array, **kwargs)
+    return path
+
+
+def object_array(*values):
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+# What loads
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (1, 64, 64), (64, 64, 1)])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f8", ">i2", "u1", "i8", "u8", "bool", np.longdouble])
+def test_every_shape_and_numeric_type_gives_one_image_from_0_to_1(tmp_path, shape, dtype):
+    original = (100 * IMAGE - 50 * (dtype == "bool")).clip(0).astype(dtype)
+    image, mass = read_image(write(tmp_path / "x.npy", original.reshape(shape)))
+    expected = original.astype(float)
+    expected = (expected - expected.min()) / np.ptp(expected)
+    assert image.shape == (1, 64, 64)
+    assert image.dtype == np.float32
+    np.testing.assert_allclose(image[0], expected, atol=1e-6)
+    assert np.isnan(mass)
+
+
+def test_column_major_files_are_not_transposed(tmp_path):
+    image, _ = read_image(write(tmp_path / "x.npy", np.asfortranarray(IMAGE)))
+    np.testing.assert_allclose(image, normalize(IMAGE), atol=1e-6)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    hnp.arrays(
+        st.sampled_from(["f4", "f8", "i4", "u2"]),
+        (64, 64),
+        elements=st.nothing() | st.integers(0, 60000),
+        fill=st.integers(0, 60000),
+    ),
+    st.sampled_from([1, 1e-30, 1e30]),
+)
+@example(np.zeros((64, 64)), 1)
+@example(np.full((64, 64), 7), 1)
+def test_range_is_any(tmp_path, array, factor):
+    scaled = array * np.float64(factor)
+    image, _ = read_image(write(tmp_path / "x.npy", scaled))
+    assert image.min() == 0
+    assert image.max() == (1 if np.ptp(scaled) > 0 else 0)
+    order = np.argsort(scaled, axis=None, kind="stable")
+    assert (np.diff(image.flatten()[order]) >= 0).all()
+
+
+@pytest.mark.parametrize("values", [(0, 5e-324), (-1.7e308, 1.7e308), (1e10, 1e10 + 1e-3), (-3, -2)])
+def test_extreme_ranges(values):
+    array = np.full((64, 64), values[0], np.float64)
+    array[20:30] = values[1]
+    image = normalize(array)
+    assert set(image.unique().tolist()) == {0.0, 1.0}
+
+
+def test_constant_images_become_zeros():
+    assert normalize(np.full((64, 64), 3.0)).eq(0).all()
+    assert diffusion_transforms(np.full((64, 64), 3.0)).eq(-1).all()
+
+
+def test_published_axion_files_load_with_their_mass():
+    for path in sorted((DATA / "published_format" / "axion").glob("*.npy")):
+        expected_image, expected_mass = np.load(path, allow_pickle=True)  # ours, hence safe
+        image, mass = read_image(path)
+        np.testing.assert_allclose(image, normalize(expected_image), atol=1e-7)
+        assert mass == expected_mass
+        assert 1e-24 <= mass <= 1e-22
+
+
+@pytest.mark.parametrize("mass", [3e-23, np.float64(3e-23), np.float32(3e-23), np.array(3e-23)])
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_pairs_written_by_this_numpy_load_too(tmp_path, mass, protocol):
+    content = io.BytesIO()
+    header = {"descr": "|O", "fortran_order": False, "shape": (2,)}
+    np.lib.format.write_array_header_1_0(content, header)
+    pickle.dump(object_array(IMAGE, mass), content, protocol=protocol)
+    path = tmp_path / "x.npy"
+    path.write_bytes(content.getvalue())
+    image, read_mass = read_image(path)
+    np.testing.assert_allclose(image, normalize(IMAGE), atol=1e-7)
+    assert read_mass == pytest.approx(3e-23, rel=1e-6)
+
+
+# What does not load
+
+
+class Bomb:
+    """Pickled, it asks for a function call."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+BAD_FILES = {
+    "empty": (b"", "is empty"),
+    "text": (b"1 2 3\n4 5 6\n", "not a .npy file"),
+    "only the magic": (b"\x93NUMPY", "damaged header"),
+    "damaged header": (b"\x93NUMPY\x01\x00\x76\x00{'descr': 'x", "damaged header"),
+    "unknown version": (b"\x93NUMPY\x09\x00\x76\x00" + b" " * 200, "damaged header"),
+    "wrong shape": (np.zeros((32, 64)), r"shape \(32, 64\)"),
+    "three channels": (np.zeros((3, 64, 64)), r"shape \(3, 64, 64\)"),
+    "a scalar": (np.float64(3), r"shape \(\)"),
+    "NaN": (np.where(IMAGE > 0.99, np.nan, IMAGE), "NaN or Inf"),
+    "Inf": (np.where(IMAGE > 0.99, np.inf, IMAGE), "NaN or Inf"),
+    "complex": (IMAGE + 1j, "complex128, not real"),
+    "words": (np.full((64, 64), "a"), "not real numbers"),
+    "dates": (np.zeros((64, 64), "datetime64[s]"), "not real numbers"),
+    "records": (np.zeros((64, 64), [("a", float)]), "not real numbers"),
+    "image and image": (object_array(IMAGE, IMAGE), "not a pair"),
+    "pair in a wrong shape": (object_array(IMAGE[:5], 1e-23), r"shape \(5, 64\)"),
+    "pair of words": (object_array("image", "mass"), "not a pair"),
+    "three objects": (object_array(IMAGE, 1e-23, 0), "not real numbers"),
+    "nested objects": (object_array(object_array(IMAGE, 1e-23), 1e-23), "not real numbers|not a pair|shape"),
+    "pickle bomb": (object_array(Bomb(os.mkdir, "bombed"), 1e-23), "refused: its pickle asks for posix.mkdir|nt.mkdir"),
+    "pickle bomb inside": (object_array(IMAGE, Bomb(eval, "open('bombed', 'w')")), "refused: .* builtins.eval"),
+    "NumPy's own eval": (object_array(Bomb(np.load, "x"), 1), "refused: .* numpy.*load"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files_are_named_and_run_nothing(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    content, complaint = BAD_FILES[kind]
+    path = tmp_path / "x.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content, allow_pickle=True)
+    with pytest.raises(InputError, match=complaint) as raised:
+        read_image(path)
+    assert str(raised.value).startswith(f"{path}: ")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "bombed").exists()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize("source", ["plain", "pair"])
+def test_truncated_files_are_named(tmp_path, share, source):
+    path = write(tmp_path / "x.npy", IMAGE if source == "plain" else object_array(IMAGE, 1e-23))
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(InputError, match=r"truncated|damaged"):
+        read_image(path)
+
+
+def test_a_header_that_claims_more_than_memory_holds_allocates_nothing(tmp_path):
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "<f8", "fortran_order": False, "shape": (2**20, 2**20)})
+    (tmp_path / "x.npy").write_bytes(content.getvalue())
+    with pytest.raises(InputError, match="shape"):
+        read_image(tmp_path / "x.npy")
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "folder.npy").mkdir()
+    (tmp_path / "loop.npy").symlink_to(tmp_path / "loop.npy")
+    with (tmp_path / "huge.npy").open("wb") as file:
+        file.truncate(2**34)
+    for name, complaint in [("folder", "cannot be read"), ("loop", "cannot be read"), ("huge", "larger"), ("no", "No")]:
+        with pytest.raises(InputError, match=complaint):
+            read_image(tmp_path / f"{name}.npy")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_bytes_give_an_image_or_an_input_error(tmp_path, data):
+    source = data.draw(st.sampled_from(sorted((DATA / "published_format").rglob("*.npy"))))
+    content = bytearray(source.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        where = data.draw(st.integers(0, 500) | st.integers(-300, -1))
+        content[where] = data.draw(st.integers(0, 255))
+    path = tmp_path / "x.npy"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content))) or None])
+    try:
+        image, _ = read_image(path)
+    except InputError:
+        return
+    assert image.shape == (1, 64, 64)
+    assert np.isfinite(image).all()
+
+
+# Folders
+
+
+def test_a_folder_gives_images_labels_and_masses():
+    data = NpyDataset(DATA / "published_format", diffusion_transforms)
+    assert data.classes == CLASSES
+    assert data.class_to_idx == {"axion": 0, "cdm": 1, "no_sub": 2}
+    assert data.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert np.isfinite(data.axion_mass).tolist() == [True, True, False, False, False, False]
+    image, label = data[3]
+    assert image.shape == (1, 64, 64)
+    assert (image.min().item(), image.max().item(), label) == (-1, 1, 1)
+
+
+def test_all_bad_files_are_reported_at_once_before_anything_else(data_copy, capsys):
+    (data_copy / "axion" / "0.npy").write_bytes(b"")
+    (data_copy / "cdm" / "1.npy").write_text("text")
+    with pytest.raises(InputError) as raised:
+        NpyDataset(data_copy)
+    for part in ("2 bad files of 144", "axion/0.npy: is empty", "cdm/1.npy: is not a .npy file", "ON_BAD_FILE"):
+        assert part in str(raised.value)
+    assert len(NpyDataset(data_copy, on_bad_file="skip")) == 142
+    assert "axion/0.npy: is empty" in capsys.readouterr().out
+    with pytest.raises(InputError):  # skipping once does not hide them the next time
+        NpyDataset(data_copy)
+
+
+def test_a_folder_without_the_three_classes_is_named(tmp_path):
+    with pytest.raises(InputError, match="no folder axion or cdm or no_sub"):
+        NpyDataset(tmp_path / "nowhere")
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=r"no \.npy files"):
+        NpyDataset(tmp_path)
+
+
+# Split
+
+
+def test_split_is_70_15_15_and_disjoint(lens_data):
+    parts = [split_of(f"{i}.npy") for i in range(20000)]
+    for part, share in {"train": 0.7, "val": 0.15, "test": 0.15}.items():
+        assert abs(parts.count(part) / len(parts) - share) < 0.012  # four standard deviations
+    files = [set(NpyDataset(lens_data, split=part).files) for part in ("train", "val", "test")]
+    assert sum(map(len, files)) == len(set.union(*files)) == 144
+
+
+def test_split_of_known_names_never_changes():
+    assert " ".join(split_of(f"{i}.npy") for i in range(12)) == (
+        "train train val train train train train test train val train train"
+    )
+    assert [split_of(f"data/axion/{i}.npy") for i in range(12)] == [split_of(f"elsewhere/{i}.npy") for i in range(12)]
+
+
+def test_adding_files_moves_none(data_copy):
+    before = set(NpyDataset(data_copy, split="test").files)
+    for i in range(100, 120):
+        write(data_copy / "cdm" / f"{i}.npy", IMAGE)
+    after = set(NpyDataset(data_copy, split="test").files)
+    assert before <= after
+    assert len(NpyDataset(data_copy)) == 164
+
+
+# Cache
+
+
+def test_the_second_time_no_file_is_read(data_copy, monkeypatch):
+    first = NpyDataset(data_copy)
+    monkeypatch.setattr(dataset, "read_image", lambda path: pytest.fail("read a file again"))
+    second = NpyDataset(data_copy)
+    assert torch.equal(first.images, second.images)
+    assert first.files == second.files
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "replace", "replace, same size and time", "rename"])
+def test_a_changed_folder_is_read_again(data_copy, change):
+    NpyDataset(data_copy)
+    path = data_copy / "cdm" / "7.npy"
+    status = path.stat()
+    if change == "add":
+        write(data_copy / "cdm" / "1000.npy", IMAGE)
+    elif change == "remove":
+        path.unlink()
+    elif change == "rename":
+        path.rename(data_copy / "cdm" / "1007.npy")
+    else:
+        write(path, IMAGE.astype(np.float32))
+        if "time" in change:
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    data = NpyDataset(data_copy)
+    files = sorted(str(p.relative_to(data_copy)) for p in data_copy.glob("*/*.npy"))
+    assert sorted(data.files) == files
+    if "replace" in change:
+        np.testing.assert_array_equal(data.images[data.files.index("cdm/7.npy")], normalize(IMAGE.astype(np.float32)))
+    assert len(list(data_copy.glob(".lens_cache*"))) == 1
+
+
+def test_a_damaged_cache_is_not_used(data_copy):
+    expected = NpyDataset(data_copy).images
+    (cache,) = data_copy.glob(".lens_cache*")
+    cache.write_bytes(cache.read_bytes()[:5000])
+    assert torch.equal(NpyDataset(data_copy).images, expected)
+
+
+def test_a_folder_that_cannot_be_written_still_loads(data_copy, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(np, "save", refuse)
+    assert len(NpyDataset(data_copy)) == 144
+    assert "cannot be written" in capsys.readouterr().out
+
+
+# Transforms and batches
+
+
+def test_transforms_of_arrays_of_any_range():
+    raw = 1000 + 50 * IMAGE
+    image = diffusion_transforms(raw)
+    assert image.shape == (1, 64, 64)
+    assert (image.min().item(), image.max().item()) == (-1, 1)
+    for size in (224, 64, 32):
+        batch = classifier_transforms(torch.rand(5, 1, 64, 64), size)
+        assert batch.shape == (5, 3, size, size)
+    image = classifier_transforms(raw, 64) * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    image = image + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    torch.testing.assert_close(image, normalize(raw).expand(3, 64, 64), atol=1e-6, rtol=0)
+
+
+def test_batches_follow_the_order_and_do_not_change_the_data(lens_data):
+    data = NpyDataset(lens_data, diffusion_transforms)
+    before = data.images.clone()
+    order = torch.randperm(len(data))
+    batches = list(data.batches(50, order))
+    assert [len(images) for images, _ in batches] == [50, 50, 44]
+    torch.testing.assert_close(torch.cat([images for images, _ in batches]), before[order] * 2 - 1)
+    assert torch.equal(torch.cat([labels for _, labels in batches]), data.labels[order])
+    assert torch.equal(data.images, before)
+    assert [len(images) for images, _ in data.batches(50, order, drop_last=True)] == [50, 50]

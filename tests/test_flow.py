@@ -1,0 +1,142 @@
+"""The flow, tested where the answer is known: paths, loss, guidance, and integration of an exact velocity field."""
+
+import numpy as np
+import pytest
+import torch
+
+from models import flow
+
+
+def test_paths_begin_at_the_image_and_end_at_the_noise():
+    x, noise = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+    z = flow.interpolate(x, noise, torch.tensor([0.0, 0.25, 1.0]))
+    torch.testing.assert_close(z[0], x[0])
+    torch.testing.assert_close(z[1], 0.75 * x[1] + 0.25 * noise[1])
+    torch.testing.assert_close(z[2], noise[2])
+
+
+def test_velocity_of_the_true_image_is_noise_minus_image():
+    x, noise, t = torch.randn(6, 1, 4, 4), torch.randn(6, 1, 4, 4), torch.rand(6).clamp_min(0.01)
+    velocity = flow.velocity_from_image(x, flow.interpolate(x, noise, t), t)
+    torch.testing.assert_close(velocity, noise - x, rtol=1e-3, atol=1e-3)
+
+
+def test_loss_is_the_mean_squared_error_of_the_velocity():
+    x, noise = torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
+    velocity = torch.stack([torch.full((1, 2, 2), 1.0), torch.full((1, 2, 2), 4.0)])
+    assert flow.velocity_loss(velocity, x, noise, torch.tensor([0.5, 0.5])) == pytest.approx((0 + 9) / 2)
+
+
+def test_loss_of_an_image_prediction_is_its_error_over_t_but_no_more_than_20_times():
+    x, noise = torch.zeros(1, 1, 2, 2), torch.randn(1, 1, 2, 2)
+    for t, weight in [(1.0, 1), (0.5, 4), (0.05, 400), (0.01, 400), (0.002, 400)]:
+        times = torch.tensor([t])
+        velocity = flow.velocity_from_image(x + 0.1, flow.interpolate(x, noise, times), times)
+        loss = flow.velocity_loss(velocity, x, noise, times, flow.T_FLOOR)
+        assert loss.item() == pytest.approx(0.01 * weight, rel=1e-2)
+
+
+def test_times_are_distributed_as_their_name_says():
+    torch.manual_seed(0)
+    uniform, logit_normal = flow.draw_times(40000, "uniform"), flow.draw_times(40000, "logit_normal")
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert uniform.var().item() == pytest.approx(1 / 12, abs=0.005)
+    logits = torch.logit(logit_normal.double())
+    assert logits.mean().item() == pytest.approx(0.8, abs=0.02)
+    assert logits.std().item() == pytest.approx(0.8, abs=0.02)
+    assert (logit_normal > 0).all()
+    assert (logit_normal < 1).all()
+
+
+def test_labels_are_dropped_as_often_as_asked_and_otherwise_kept():
+    torch.manual_seed(0)
+    labels = torch.arange(3).repeat(10000)
+    dropped = flow.drop_labels(labels, 3, 0.1)
+    assert (dropped == 3).double().mean().item() == pytest.approx(0.1, abs=0.006)
+    assert torch.equal(dropped[dropped != 3], labels[dropped != 3])
+    assert torch.equal(flow.drop_labels(labels, 3, 0.0), labels)
+
+
+def gaussian_velocity(mean: float, std: float):
+    """The exact velocity when images are N(mean, std^2): the mean of noise - x given z_t, both being Gaussian."""
+
+    def velocity(z, t, labels):
+        t = t.view(-1, 1, 1, 1)
+        a, b = (1 - t) * std, t  # z_t = (1 - t) mean + a e1 + b e2
+        centred = (z - (1 - t) * mean) / (a**2 + b**2)
+        return b * centred - (mean + std * a * centred)
+
+    return velocity
+
+
+def test_euler_follows_the_exact_solution_with_error_1_over_steps():
+    velocity = gaussian_velocity(mean=0.7, std=0.3)
+    noise = torch.randn(200, 1, 2, 2, dtype=torch.float64)
+    exact = 0.7 + 0.3 * noise  # the flow of a Gaussian to a Gaussian only shifts and scales
+    labels = torch.zeros(200, dtype=torch.long)
+    errors = [(flow.euler(velocity, noise, labels, n) - exact).abs().max().item() for n in (50, 100, 200, 400)]
+    ratios = np.array(errors[:-1]) / errors[1:]
+    np.testing.assert_allclose(ratios, 2, rtol=0.06)
+    assert errors[-1] < 0.01
+
+
+def by_label(z, t, labels):
+    return labels.view(-1, 1, 1, 1) * torch.ones_like(z)
+
+
+def test_guidance_is_uncond_plus_scale_times_the_difference_in_one_batch():
+    sizes = []
+
+    def velocity(z, t, labels):
+        sizes.append(len(z))
+        return by_label(z, t, labels)
+
+    z, t, labels = torch.zeros(2, 1, 2, 2), torch.ones(2), torch.tensor([0, 1])
+    out = flow.guided(velocity, null_label=3, scale=5.0)(z, t, labels)
+    assert out[:, 0, 0, 0].tolist() == [3 + 5 * (0 - 3), 3 + 5 * (1 - 3)]
+    assert sizes == [4]
+
+
+@pytest.mark.parametrize("scale", [1, 1.0, None])
+def test_no_second_pass_without_guidance(scale):
+    sizes = []
+
+    def velocity(z, t, labels):
+        sizes.append(len(z))
+        return by_label(z, t, labels)
+
+    images = flow.sample(velocity, torch.tensor([0, 1, 2]), (1, 2, 2), 3, steps=4, cfg_scale=scale)
+    assert sizes == [3] * 4
+    noise = flow.noise_images((1, 2, 2), 0, 0, 3)
+    torch.testing.assert_close(images, noise - torch.arange(3.0).view(3, 1, 1, 1))
+
+
+def test_guided_sampling_of_a_known_field():
+    """Two classes with constant velocities: sampling moves the noise by the guided velocity, whatever the steps."""
+    images = flow.sample(by_label, torch.tensor([1, 2]), (1, 2, 2), null_label=3, steps=7, cfg_scale=2.0, seed=4)
+    noise = flow.noise_images((1, 2, 2), 4, 0, 2)
+    moved = torch.tensor([3 + 2 * (1 - 3), 3 + 2 * (2 - 3)]).view(2, 1, 1, 1)
+    torch.testing.assert_close(images, noise - moved)
+
+
+def test_image_k_is_the_same_whatever_the_batch_size_and_the_number_of_images():
+    velocity = gaussian_velocity(0.1, 0.5)
+    labels = torch.zeros(10, dtype=torch.long)
+    sample = {n: flow.sample(velocity, labels, (1, 4, 4), 3, 5, 1.0, seed=3, batch_size=n) for n in (1, 3, 10)}
+    torch.testing.assert_close(sample[1], sample[10])
+    torch.testing.assert_close(sample[3], sample[10])
+    torch.testing.assert_close(flow.sample(velocity, labels[:4], (1, 4, 4), 3, 5, 1.0, seed=3), sample[10][:4])
+    other = flow.sample(velocity, labels, (1, 4, 4), 3, 5, 1.0, seed=4)
+    assert (other - sample[10]).abs().amax((1, 2, 3)).min() > 0.01
+
+
+def test_seeds_share_no_images():
+    """Seed + index would make image 1 of seed 0 image 0 of seed 1."""
+    a, b = flow.noise_images((1, 4, 4), 0, 0, 20), flow.noise_images((1, 4, 4), 1, 0, 20)
+    assert (a[:, None] - b[None]).abs().amax((2, 3, 4)).min() > 0.1
+    assert abs(a.mean().item()) < 0.2
+    assert a.std().item() == pytest.approx(1, abs=0.15)
+
+
+def test_images_are_clipped_to_0_1():
+    assert flow.to_unit_range(torch.tensor([-3.0, -1, 0, 1, 2])).tolist() == [0, 0, 0.5, 1, 1]

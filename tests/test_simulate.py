@@ -1,0 +1,131 @@
+"""The simulator gives the published code's images, and the same ones every time."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from astropy.table import Table
+from conftest import DATA, ROOT, run_script
+from scipy import stats
+
+from settings import InputError
+from simulate import simulate_lenses as sim
+
+
+def test_images_equal_the_published_codes_parameter_for_parameter():
+    check = np.load(DATA / "recipe_check.npz")
+    for i, kind in enumerate(check["kind"]):
+        points = check["point_mass_thetaE_x_y_arcsec"][i]
+        points = points[np.isfinite(points).all(1) & (points[:, 0] > 0)]
+        assert len(points) == {"axion": 100, "cdm": 25, "no_sub": 0}[kind]
+        image = sim.render(check["source_xy_arcsec"][i], points[:, 0], points[:, 1:])
+        np.testing.assert_allclose(image / image.max(), check["image_over_peak"][i], rtol=0, atol=1e-9)
+
+
+def test_vortex_has_the_published_point_masses():
+    check = np.load(DATA / "recipe_check.npz")
+    for i in np.flatnonzero(check["kind"] == "axion"):
+        row = {"class": "axion", "axion_mass": check["axion_mass_eV"][i], "vortex_angle": check["vortex_angle_rad"][i]}
+        masses, positions = sim.point_masses(row)
+        expected = check["point_mass_thetaE_x_y_arcsec"][i]
+        np.testing.assert_allclose(sim.einstein_radius(masses), expected[:, 0], rtol=1e-12)
+        np.testing.assert_allclose(positions, expected[:, 1:], atol=1e-12)
+        assert masses.sum() == pytest.approx(3e10)
+
+
+def test_einstein_radii_of_both_conventions():
+    assert sim.einstein_radius(1e12) == pytest.approx(1.28149, abs=1e-5)
+    assert sim.einstein_radius(3e8) == pytest.approx(0.022196, abs=1e-6)
+    # sqrt(4GM/c^2 D_LS/(D_L D_S)) with D_L = 1259.08, D_S = 1651.91, D_LS = 707.6 Mpc, worked out by hand
+    lens, source = 1.5 * 1259.08, 2 * 1651.91  # comoving Mpc
+    between = (source - lens) / 2
+    by_hand = 206265 * np.sqrt(4 * 4.30091e-9 * 1e12 / 299792.458**2 * between / (1259.08 * 1651.91))
+    assert sim.einstein_radius(1e12, "angular_diameter") == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_parameters_are_drawn_as_the_recipe_says():
+    table = sim.parameter_table(3000, seed=1)
+    axion, cdm, no_sub = (table[table["class"] == name] for name in ("axion", "cdm", "no_sub"))
+    uniform = stats.uniform(-0.35, 0.7).cdf
+    assert stats.kstest(np.asarray(table["source_xy"]).ravel(), uniform).pvalue > 1e-3
+    assert stats.kstest(np.log10(axion["axion_mass"]), stats.uniform(-24, 2).cdf).pvalue > 1e-3
+    assert stats.kstest(axion["vortex_angle"], stats.uniform(0, 2 * np.pi).cdf).pvalue > 1e-3
+    low, high = 1e6**0.1, 1e10**0.1  # p(m) ~ m^-0.9 between 1e6 and 1e10
+    masses = np.asarray(cdm["subhalo_mass"]).ravel()
+    assert stats.kstest(masses, lambda m: (m**0.1 - low) / (high - low)).pvalue > 1e-3
+    radius = np.linalg.norm(cdm["subhalo_xy"], axis=-1).ravel()
+    assert stats.kstest(radius, stats.uniform(0.25, 1.75).cdf).pvalue > 1e-3
+    assert np.isnan(no_sub["axion_mass"]).all()
+    assert np.isnan(no_sub["subhalo_mass"]).all()
+    assert str(table["source_xy"].unit) == "arcsec"
+
+
+def files_in(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("*/*.npy"))}
+
+
+def test_the_same_images_whatever_the_number_of_processes_and_images(lens_data, tmp_path):
+    run_script("simulate/simulate_lenses.py", "--data_dir", tmp_path, "--num_per_class", 3, "--num_workers", 2)
+    few, many = files_in(tmp_path), files_in(lens_data)
+    assert len(few) == 9
+    assert few.items() <= many.items()
+    image = np.load(tmp_path / "axion" / "0.npy")
+    assert image.shape == (64, 64)
+    assert image.dtype == np.float32
+
+
+def test_another_seed_gives_other_images(lens_data, tmp_path):
+    run_script("simulate/simulate_lenses.py", "--data_dir", tmp_path, "--num_per_class", 2, "--seed", 1)
+    assert not set(files_in(tmp_path).values()) & set(files_in(lens_data).values())
+
+
+def test_the_table_has_what_each_image_was_made_from(lens_data):
+    table = Table.read(lens_data / "parameters.fits")
+    assert len(table) == 144
+    for row in table[np.asarray(table["index"]) == 5]:
+        masses, positions = sim.point_masses(row)
+        image = sim.render(row["source_xy"], sim.einstein_radius(masses), positions)
+        np.testing.assert_array_equal(np.load(sim.image_path(lens_data, row)), image.astype(np.float32))
+
+
+def test_a_stopped_run_goes_on_without_making_any_image_again(data_copy):
+    before = files_in(data_copy)
+    stamps = {path: path.stat().st_mtime_ns for path in data_copy.glob("*/*.npy")}
+    gone = data_copy / "cdm" / "3.npy"
+    gone.unlink()
+    run_script("simulate/simulate_lenses.py", "--data_dir", data_copy, "--num_per_class", 48)
+    assert files_in(data_copy) == before
+    assert [path.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp] == ["3.npy"]
+    run_script("simulate/simulate_lenses.py", "--data_dir", data_copy, "--num_per_class", 49)
+    assert len(files_in(data_copy)) == 147
+    assert len(Table.read(data_copy / "parameters.fits")) == 147
+
+
+def test_other_images_and_other_settings_are_not_mixed_in(data_copy, capsys):
+    for flags in (["--seed", 7], ["--einstein_radius_convention", "angular_diameter"]):
+        with pytest.raises(SystemExit) as stopped:
+            run_script("simulate/simulate_lenses.py", "--data_dir", data_copy, *flags)
+        assert stopped.value.code == 1
+        assert "choose another --data_dir" in capsys.readouterr().err
+    (data_copy / "parameters.fits").unlink()
+    with pytest.raises(InputError, match="not simulated here"):
+        sim.reserve_folder(data_copy, sim.parameter_table(1, 0))
+
+
+def test_ctrl_c_leaves_whole_files_and_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "simulate/simulate_lenses.py"), "--data_dir", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*/*.npy"))) < 20 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.decode().strip().splitlines()[-1].endswith("stopped")
+    assert b"Traceback" not in errors
+    sizes = {path.stat().st_size for path in tmp_path.glob("*/*.npy")}
+    assert sizes == {128 + 4 * 64 * 64}
