@@ -8,10 +8,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from astropy.table import Table
 from conftest import DATA, ROOT, run_script
 from scipy import stats
+from torch import nn
 
+from dataset import normalize
 from settings import InputError
 from simulate import simulate_lenses as sim
 
@@ -129,3 +132,52 @@ def test_ctrl_c_leaves_whole_files_and_one_line(tmp_path):
     assert b"Traceback" not in errors
     sizes = {path.stat().st_size for path in tmp_path.glob("*/*.npy")}
     assert sizes == {128 + 4 * 64 * 64}
+
+
+# Against the published images themselves
+
+
+def share_told_apart(a: np.ndarray, b: np.ndarray) -> float:
+    """Accuracy on held-out images of a network trained to tell two sets of images apart; 0.5 is chance."""
+    images = normalize(np.concatenate([a, b])[:, None])
+    labels = torch.arange(2).repeat_interleave(len(a))
+    held_out = torch.arange(len(images)) % 10 < 3
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()),
+        *(nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 64, 2)),
+    )
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
+    train = torch.nonzero(~held_out).flatten()
+    for _ in range(10):
+        for batch in train[torch.randperm(len(train))].split(32):
+            loss = nn.functional.cross_entropy(network(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        return (network(images[held_out]).argmax(1) == labels[held_out]).double().mean().item()
+
+
+def simulated(name: str, count: int, convention: str = "luminosity") -> np.ndarray:
+    table = sim.parameter_table(count, seed=5)
+    images = []
+    for row in table[table["class"] == name]:
+        masses, positions = sim.point_masses(row)
+        halo = sim.einstein_radius(1e12, convention)
+        images.append(sim.render(row["source_xy"], sim.einstein_radius(masses, convention), positions, halo))
+    return np.stack(images)
+
+
+@pytest.mark.skipif("LENS_REFERENCE" not in os.environ, reason="LENS_REFERENCE, an .npz of published images, not set")
+@pytest.mark.parametrize("name", ["axion", "cdm", "no_sub"])
+def test_simulated_images_cannot_be_told_from_published_ones(name):
+    published = np.load(os.environ["LENS_REFERENCE"])[name][:1000]
+    share = share_told_apart(published, simulated(name, 1000))
+    print(f"{name}: {share:.1%} told apart")
+    assert share <= 0.55
+
+
+def test_the_textbook_einstein_radius_is_told_apart_at_once():
+    """What the test above can find: the same network knows images made with the other convention."""
+    assert share_told_apart(simulated("no_sub", 150), simulated("no_sub", 150, "angular_diameter")) > 0.95

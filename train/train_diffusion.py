@@ -71,7 +71,9 @@ WORTH_STARTING_HOURS = 168.0  # A run estimated to take longer is announced with
 def main() -> None:
     device = settings.pick_device(DEVICE)
     output = Path(OUTPUT_DIR)
-    dataset = NpyDataset(DATA_DIR, diffusion_transforms, "train", ON_BAD_FILE).to(device)
+    dataset = NpyDataset(DATA_DIR, None, "train", ON_BAD_FILE)
+    dataset.images = diffusion_transforms(dataset.images)  # once and for all epochs
+    dataset.to(device)
     steps_per_epoch = len(dataset) // BATCH_SIZE
     if not steps_per_epoch:
         raise InputError(f"--batch_size {BATCH_SIZE} is more than the {len(dataset)} training images of {DATA_DIR}")
