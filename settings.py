@@ -33,6 +33,7 @@ class InputError(Exception):
 def run(main: Callable[[], None], script: dict[str, Any], required: tuple[str, ...] = ()) -> None:
     """Sets the constants of a script from the command line and runs it; a mistake of the user ends it with one line."""
     from_flags(script, required=required)
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     try:
         main()
     except InputError as error:

@@ -16,7 +16,7 @@ from models.checkpoint import load_checkpoint, load_weights
 
 def build_classifier(image_size: int) -> nn.Module:
     """An untrained ResNet18; ``image_size`` is the size in pixels that images are resized to for it."""
-    model = torchvision.models.resnet18(num_classes=len(CLASSES))
+    model = torchvision.models.resnet18(num_classes=len(CLASSES), zero_init_residual=True)  # learns faster from scratch
     model.image_size = image_size
     return model.to(memory_format=torch.channels_last)
 

@@ -34,7 +34,7 @@ PRETRAINED = True  # Start from ImageNet weights; false trains every layer from 
 WEIGHTS_PATH = None  # File with torchvision's ResNet18 weights, for a machine without network
 BATCH_SIZE = 180  # Reduce when the GPU runs out of memory
 LEARNING_RATE = 1e-4  # Of the last layer with ImageNet weights; layer3 and layer4 take a tenth of it
-SCRATCH_LEARNING_RATE = 2e-3  # Of every layer, when there are no ImageNet weights
+SCRATCH_LEARNING_RATE = 1e-3  # Of every layer, when there are no ImageNet weights
 EPOCHS = 40  # Fewer are enough with pretrained weights
 SEED = 42  # Of weights and order
 AMP_DTYPE: Literal[None, "bfloat16"] = None  # "bfloat16" is faster on a recent GPU
@@ -59,9 +59,9 @@ def main() -> None:
     model.to(device)
     groups = trained_layers(model, pretrained)
     print(f"{sum(p.numel() for group in groups for p in group['params']):,} trainable parameters")
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     steps = EPOCHS * (len(train) // BATCH_SIZE)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], steps, pct_start=0.2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], steps, pct_start=0.1)
     history = []
 
     for epoch in range(1, EPOCHS + 1):
