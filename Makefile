@@ -16,7 +16,7 @@ demo: .venv/installed
 		--warmup_epochs 0.2 --time_sampling logit_normal --ema_beta 0.999 --ema_update_every 1 \
 		--cfg_scale 1 --num_ode_steps 20 --sample_interval 1 --checkpoint_save_interval 1
 	$(BIN)/python train/train_classifier.py --data_dir $(DEMO)/data --output_dir $(DEMO)/classifier_training_resnet18 \
-		--image_size 64 --batch_size 32 --epochs 4 --pretrained false
+		--image_size 32 --batch_size 64 --epochs 6 --pretrained false
 	$(BIN)/python evaluate/evaluate_fld.py --data_dir $(DEMO)/data --generated_dir $(DEMO)/generated_npy \
 		--checkpoint_path $(DEMO)/diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt \
 		--classifier_path $(DEMO)/classifier_training_resnet18/classifier_ckpts/resnet18_best.pt \

@@ -253,7 +253,9 @@ def _list_files(root: Path) -> list[tuple[str, int, int, int]]:
     """(relative path, size, times of change) of every image, which tells when the folder has changed."""
     missing = [name for name in CLASSES if not (root / name).is_dir()]
     if missing:
-        raise InputError(f"{root}: no folder {' or '.join(missing)}; it must hold {', '.join(CLASSES)} with .npy files")
+        raise InputError(
+            f"{root}: no folder {' or '.join(missing)} with .npy files; simulate/simulate_lenses.py makes all three"
+        )
     listing = []
     for name in CLASSES:
         with os.scandir(root / name) as entries:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def image_grid(rows: dict[str, np.ndarray], title: str = "") -> Figure:
@@ -43,6 +44,7 @@ def training_curves(folder: str | Path, history: list[dict[str, float]], panels:
             marker = "." if len(epochs) < 30 else ""
             axis.plot(epochs, [row[column] for row in history], marker=marker, label=column.replace("_", " "))
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend()
         if not any("accuracy" in column for column in columns):

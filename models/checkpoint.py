@@ -48,7 +48,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         with torch.serialization.safe_globals(_NUMPY_SCALAR):
             content = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
-        raise InputError(f"{path}: no such checkpoint ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); train it first, or give its path") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise InputError(f"{path}: not a checkpoint, or a damaged one ({str(error).partition(chr(10))[0]})") from None
     if not isinstance(content, dict) or "model_state_dict" not in content:

@@ -192,7 +192,7 @@ def test_a_missing_checkpoint_is_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_script("evaluate/evaluate_fld.py", *flags, "--checkpoint_path", "nowhere.pt")
     assert stopped.value.code == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("nowhere.pt: no such checkpoint")
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("nowhere.pt: cannot be read")
 
 
 def test_a_file_is_classified_with_the_published_lines(lens_data, classifier, capsys):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -85,6 +86,9 @@ def main() -> None:
             seen += len(labels)
             bar.set_postfix(loss=f"{total_loss / seen:.4f}", accuracy=f"{correct / seen:.3f}")
 
+        # The running averages of batch normalization lag behind weights that change fast: take them anew
+        some = train.batches(BATCH_SIZE, order[:2048])
+        update_bn((classifier_transforms(images.to(device), IMAGE_SIZE) for images, _ in some), model)
         val_loss, val_accuracy, _ = evaluate(model, val)
         row = {"epoch": epoch, "train_loss": total_loss / seen, "val_loss": val_loss}
         history.append(row | {"train_accuracy": correct / seen, "val_accuracy": val_accuracy})

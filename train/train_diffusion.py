@@ -167,7 +167,15 @@ def warmup_cosine(step: int, warmup: float, total: int) -> float:
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
 
 
-def resume(output: Path, model, ema, optimizer, scheduler, scaler, device) -> list[dict[str, float]]:
+def resume(
+    output: Path,
+    model: NanoDiT,
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+    device: torch.device,
+) -> list[dict[str, float]]:
     """Loads the newest checkpoint of the run, if there is one, into everything given; returns the history so far."""
     found = list((output / "dit_conditional_ckpts").glob("dit_conditional_*.pt"))
     if not found:
