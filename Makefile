@@ -7,20 +7,33 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test lint clean
+# Both trainings of the demo run at once, each with half of the cores: small batches gain little from more
+HALF_OF_CORES := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
+
+.PHONY: demo demo-data demo-generator demo-classifier test lint clean
 
 demo: .venv/installed
-	$(BIN)/python simulate/simulate_lenses.py --data_dir $(DEMO)/data --num_per_class 4000
-	$(BIN)/python train/train_diffusion.py --data_dir $(DEMO)/data --output_dir $(DEMO)/diffusion_training \
-		--model_size NanoDiT-S/16 --batch_size 16 --learning_rate 2e-3 --adam_beta2 0.99 --epochs 6 \
-		--warmup_epochs 0.2 --time_sampling logit_normal --ema_beta 0.999 --ema_update_every 1 \
-		--cfg_scale 1 --num_ode_steps 20 --sample_interval 1 --checkpoint_save_interval 1
-	$(BIN)/python train/train_classifier.py --data_dir $(DEMO)/data --output_dir $(DEMO)/classifier_training_resnet18 \
-		--image_size 32 --batch_size 64 --epochs 6 --pretrained false
+	$(MAKE) --no-print-directory demo-data
+	OMP_NUM_THREADS=$(HALF_OF_CORES) $(MAKE) --no-print-directory -j2 demo-generator demo-classifier
 	$(BIN)/python evaluate/evaluate_fld.py --data_dir $(DEMO)/data --generated_dir $(DEMO)/generated_npy \
 		--checkpoint_path $(DEMO)/diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt \
 		--classifier_path $(DEMO)/classifier_training_resnet18/classifier_ckpts/resnet18_best.pt \
 		--figure_path $(DEMO)/lenses.png --cfg_scale 1 --num_ode_steps 20
+
+demo-data:
+	$(BIN)/python simulate/simulate_lenses.py --data_dir $(DEMO)/data --num_per_class 4000
+
+demo-generator:
+	$(BIN)/python train/train_diffusion.py --data_dir $(DEMO)/data --output_dir $(DEMO)/diffusion_training \
+		--model_size NanoDiT-S/16 --batch_size 16 --learning_rate 2e-3 --adam_beta2 0.99 --epochs 6 \
+		--warmup_epochs 0.2 --time_sampling logit_normal --ema_beta 0.999 --ema_update_every 1 \
+		--cfg_scale 1 --num_ode_steps 20 --sample_interval 1 --checkpoint_save_interval 1
+
+# Its progress bars go to a file, so that those of the generator stay readable
+demo-classifier:
+	$(BIN)/python train/train_classifier.py --data_dir $(DEMO)/data --output_dir $(DEMO)/classifier_training_resnet18 \
+		--image_size 32 --batch_size 64 --epochs 5 --pretrained false 2> $(DEMO)/classifier.log \
+		|| (tail -n 3 $(DEMO)/classifier.log; exit 1)
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope

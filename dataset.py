@@ -278,7 +278,7 @@ def _write_cache(path: Path, packed: np.ndarray) -> None:
         with open(part, "wb") as file:
             np.save(file, packed)
         for old in path.parent.glob(".lens_cache_*.npy"):
-            old.unlink()
+            old.unlink(missing_ok=True)  # another script may be at the same
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)

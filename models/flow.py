@@ -33,7 +33,7 @@ def velocity_from_image(image: Tensor, z: Tensor, t: Tensor) -> Tensor:
 def velocity_loss(velocity: Tensor, x: Tensor, noise: Tensor, t: Tensor, t_floor: float = 0.0) -> Tensor:
     """Mean squared error of a velocity against noise - x (arXiv:2210.02747, Eq. 23).
 
-    ``t_floor=T_FLOOR`` keeps the weight of a clean-image prediction finite as t goes to 0 (arXiv:2511.13720, Sec. 4).
+    ``t_floor=T_FLOOR`` keeps the weight of a clean-image prediction finite as t goes to 0 (arXiv:2511.13720).
     """
     error = (velocity - (noise - x)).square().flatten(1).mean(1)
     if t_floor:
@@ -44,7 +44,7 @@ def velocity_loss(velocity: Tensor, x: Tensor, noise: Tensor, t: Tensor, t_floor
 def draw_times(n: int, distribution: str, device: torch.device | str = "cpu") -> Tensor:
     """Times (n,) in (0, 1): "uniform", or "logit_normal", sigmoid(N(0.8, 0.8)), which sees more of the noisy side.
 
-    Esser et al. 2024 (arXiv:2403.03206, Eq. 19), with the mean and width of arXiv:2511.13720, where t runs backwards.
+    Esser et al. 2024 (arXiv:2403.03206, Sec. 3.1), with the mean and width of arXiv:2511.13720, where t runs backwards.
     """
     if distribution == "uniform":
         return torch.rand(n, device=device)
