@@ -25,14 +25,14 @@ demo-data:
 
 demo-generator:
 	$(BIN)/python train/train_diffusion.py --data_dir $(DEMO)/data --output_dir $(DEMO)/diffusion_training \
-		--model_size NanoDiT-S/16 --batch_size 16 --learning_rate 2e-3 --adam_beta2 0.99 --epochs 6 \
+		--model_size NanoDiT-S/16 --batch_size 16 --learning_rate 2e-3 --adam_beta2 0.99 --epochs 8 \
 		--warmup_epochs 0.2 --time_sampling logit_normal --ema_beta 0.999 --ema_update_every 1 \
 		--cfg_scale 1 --num_ode_steps 20 --sample_interval 1 --checkpoint_save_interval 1
 
 # Its progress bars go to a file, so that those of the generator stay readable
 demo-classifier:
 	$(BIN)/python train/train_classifier.py --data_dir $(DEMO)/data --output_dir $(DEMO)/classifier_training_resnet18 \
-		--image_size 32 --batch_size 64 --epochs 5 --pretrained false 2> $(DEMO)/classifier.log \
+		--image_size 48 --batch_size 64 --epochs 4 --pretrained false 2> $(DEMO)/classifier.log \
 		|| (tail -n 3 $(DEMO)/classifier.log; exit 1)
 
 test: .venv/installed-dev
