@@ -185,7 +185,7 @@ def _check_image(shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 
 def _as_pixels(array: np.ndarray) -> np.ndarray:
-    return array.reshape(IMG_SIZE, IMG_SIZE).astype(np.float32 if array.dtype == np.float32 else np.float64)
+    return array.reshape(IMG_SIZE, IMG_SIZE).astype(np.float64)
 
 
 class _NumpyUnpickler(pickle._Unpickler):

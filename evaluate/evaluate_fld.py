@@ -182,10 +182,9 @@ def load_inception(device: torch.device) -> NoTrainInceptionV3 | None:
         else:
             torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, check_hash=True, weights_only=True)
         return NoTrainInceptionV3("inception-v3-compat", ["2048"], path).to(device)
-    except Exception as error:
+    except Exception:
         if path:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"--inception_weights_path {path}: no weights of that network ({reason})") from None
+            raise InputError(f"--inception_weights_path {path}: no file with weights of that network") from None
         print(
             "FID with Inception is left out: its weights cannot be fetched; --inception_weights_path takes the file "
             f"{URL_INCEPTION_V3}"

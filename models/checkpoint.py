@@ -49,8 +49,9 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             content = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); train it first, or give its path") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not a checkpoint, or a damaged one ({str(error).partition(chr(10))[0]})") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        # torch's own message would advise to load the file with code in it all the same
+        raise InputError(f"{path}: not a checkpoint, a damaged one, or one that asks to run code: refused") from None
     if not isinstance(content, dict) or "model_state_dict" not in content:
         raise InputError(f"{path}: not a checkpoint: no 'model_state_dict' in it")
     return content
@@ -60,8 +61,8 @@ def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path
     """Puts weights into a module, names as compiled modules save them included; all must fit."""
     try:
         module.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in weights.items()})
-    except (RuntimeError, AttributeError) as error:
-        raise InputError(f"{path}: weights of another network ({str(error).partition(chr(10))[0]})") from None
+    except (RuntimeError, AttributeError):
+        raise InputError(f"{path}: its weights are of another network") from None
 
 
 def build_generator(content: dict[str, Any], path: str | Path) -> NanoDiT:

@@ -107,6 +107,7 @@ def test_no_checkpoint_runs_code(tmp_path, monkeypatch, inside):
         with pytest.raises(InputError, match=name) as raised:
             load_checkpoint(name)
         assert "\n" not in str(raised.value)
+        assert "weights_only" not in str(raised.value)  # torch advises to turn it off
     assert not (tmp_path / "bombed").exists()
 
 

@@ -183,7 +183,7 @@ def test_a_bad_inception_file_is_one_line_and_runs_nothing(tmp_path, monkeypatch
     if content:
         torch.save(Bomb() if content == "bomb" else "text", path)
     monkeypatch.setattr(evaluate_fld, "INCEPTION_WEIGHTS_PATH", str(path))
-    with pytest.raises(InputError, match="no weights of that network"):
+    with pytest.raises(InputError, match="no file with weights of that network"):
         evaluate_fld.load_inception(torch.device("cpu"))
     assert not (tmp_path / "bombed").exists()
 

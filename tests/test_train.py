@@ -204,4 +204,4 @@ def test_a_file_that_is_no_resnet18_is_one_line(lens_data, tmp_path, capsys):
     for name in ("w.pth", "absent.pth"):
         with pytest.raises(SystemExit):
             run_script("train/train_classifier.py", *flags, "--weights_path", tmp_path / name)
-        assert "no weights of a ResNet18" in capsys.readouterr().err.strip().splitlines()[-1]
+        assert "no file with weights of a ResNet18" in capsys.readouterr().err.strip().splitlines()[-1]

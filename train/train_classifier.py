@@ -30,7 +30,7 @@ from settings import InputError
 DATA_DIR = "data"  # Folder with axion/, cdm/ and no_sub/
 OUTPUT_DIR = "classifier_training_resnet18"  # Change it to keep an earlier classifier
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" trains without the files that cannot be read
-IMAGE_SIZE = 224  # Pixels the images are resized to; 64 is 12 times faster, for a CPU
+IMAGE_SIZE = 224  # Pixels the images are resized to; 64, a twelfth of the work, for a CPU
 PRETRAINED = True  # Start from ImageNet weights; false trains every layer from scratch
 WEIGHTS_PATH = None  # File with torchvision's ResNet18 weights, for a machine without network
 BATCH_SIZE = 180  # Reduce when the GPU runs out of memory
@@ -38,7 +38,7 @@ LEARNING_RATE = 1e-4  # Of the last layer with ImageNet weights; layer3 and laye
 SCRATCH_LEARNING_RATE = 1e-3  # Of every layer, when there are no ImageNet weights
 EPOCHS = 40  # Fewer are enough with pretrained weights
 SEED = 42  # Of weights and order
-AMP_DTYPE: Literal[None, "bfloat16"] = None  # "bfloat16" is faster on a recent GPU
+AMP_DTYPE: Literal[None, "bfloat16"] = None  # "bfloat16" on a recent GPU
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
 
@@ -124,10 +124,9 @@ def load_imagenet_weights(model: nn.Module) -> bool:
         if missing != ["fc.weight", "fc.bias"]:
             raise ValueError(f"it lacks {missing[0]}")
         return True
-    except Exception as error:
+    except Exception:
         if WEIGHTS_PATH:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"--weights_path {WEIGHTS_PATH}: no weights of a ResNet18 ({reason})") from None
+            raise InputError(f"--weights_path {WEIGHTS_PATH}: no file with weights of a ResNet18") from None
         print("ImageNet weights cannot be fetched (--weights_path takes a file): training from scratch")
         return False
     finally:

@@ -34,7 +34,7 @@ ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" trains without the fil
 
 MODEL_SIZE: Literal[(None, *SIZES)] = None  # A named size instead of the five settings below: "NanoDiT-S/8" on a CPU
 IMG_SIZE = 64  # Pixels; the data has 64
-PATCH_SIZE = 2  # Pixels a token; 8 makes a step 30 times cheaper, and needs PREDICTION = "image"
+PATCH_SIZE = 2  # Pixels a token; larger is faster, and from 8 on needs PREDICTION = "image"
 LATENT_DIM = 512  # Width of the network
 MODEL_DEPTH = 6  # Transformer blocks
 MODEL_HEADS = 8  # Attention heads
@@ -60,8 +60,8 @@ NUM_SAMPLES_PER_CLASS = 4  # Samples of each class in a grid
 SAMPLE_INTERVAL = 10  # Epochs between sample grids
 CHECKPOINT_SAVE_INTERVAL = 10  # Epochs between checkpoints
 
-AMP_DTYPE: Literal[None, "float16", "bfloat16"] = None  # "bfloat16" is twice as fast on a recent GPU
-COMPILE = False  # True is faster on a GPU, after a minute of compilation
+AMP_DTYPE: Literal[None, "float16", "bfloat16"] = None  # "bfloat16" on a recent GPU, "float16" on an older one
+COMPILE = False  # True compiles the network first: for long runs on a GPU
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
 WORTH_STARTING_HOURS = 168.0  # A run estimated to take longer is announced with the size that would not
