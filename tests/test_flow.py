@@ -80,6 +80,12 @@ def test_euler_follows_the_exact_solution_with_error_1_over_steps():
     assert errors[-1] < 0.01
 
 
+def test_each_euler_step_takes_the_velocity_at_its_start_and_none_at_the_clean_image():
+    times = []
+    flow.euler(lambda z, t, labels: times.append(t.tolist()) or z, torch.zeros(2, 1, 2, 2), torch.zeros(2), steps=4)
+    assert times == [[1.0, 1.0], [0.75, 0.75], [0.5, 0.5], [0.25, 0.25]]
+
+
 def by_label(z, t, labels):
     return labels.view(-1, 1, 1, 1) * torch.ones_like(z)
 
