@@ -156,7 +156,8 @@ def frechet_rows(name: str, features: list[Tensor], labels: Tensor) -> dict[str,
             frechet_distance(first[keep], generated[keep]) + frechet_distance(second[keep], generated[keep])
         ) / 2
         floor = frechet_distance(first[keep], second[keep])
-        for row, value in zip(rows.values(), (distance, floor, distance / floor), strict=True):
+        ratio = distance / floor if floor else float("inf")
+        for row, value in zip(rows.values(), (distance, floor, ratio), strict=True):
             row.append(value)
     return {row if row == name else f"{row} ({name.split(', ')[1]})": values for row, values in rows.items()}
 
@@ -168,7 +169,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     metric = FrechetInceptionDistance(feature=identity).set_dtype(torch.float64)
     metric.update(a.double(), real=True)
     metric.update(b.double(), real=False)
-    return metric.compute().item()
+    return max(metric.compute().item(), 0.0)  # rounding can leave equal sets a little below zero
 
 
 def load_inception(device: torch.device) -> NoTrainInceptionV3 | None:
@@ -210,9 +211,9 @@ def by_class(correct: Tensor, labels: Tensor) -> list[float]:
 
 def print_table(table: dict[str, list[float]], count: int) -> None:
     width = max(map(len, table))
-    print(f"\n{f'{count} images a class':{width}}" + "".join(f"{name:>10}" for name in ("overall", *CLASSES)))
+    print(f"\n{f'{count} images a class':{width}}" + "".join(f"{name:>11}" for name in ("overall", *CLASSES)))
     for row, values in table.items():
-        form = "{:>10.1%}" if "accuracy" in row else "{:>10.2f}"
+        form = "{:>11.1%}" if "accuracy" in row else "{:>11.4g}"
         print(f"{row:{width}}" + "".join(form.format(value) for value in values))
     print()
 

@@ -139,7 +139,7 @@ def test_without_inception_weights_and_network_the_rest_is_computed(flags, tmp_p
     table = out[out.index("images a class") :]
     assert table.split()[2:7] == ["class", "overall", "axion", "cdm", "no_sub"] or "overall" in table.splitlines()[0]
     for row in ("Fréchet distance, lens features", "floor: real against real", "ratio to the floor"):
-        numbers = re.search(rf"{row}.*?((?:\s+[\d.]+){{4}})$", table, re.M).group(1).split()
+        numbers = re.search(rf"{row}.*?((?:\s+[\d.e+-]+|\s+inf){{4}})$", table, re.M).group(1).split()
         assert all(float(number) >= 0 for number in numbers)
     assert len(re.search(r"accuracy, generated((?:\s+[\d.]+%){4})", table).group(1).split()) == 4
     assert (tmp_path / "lenses.png").stat().st_size > 10_000
@@ -223,3 +223,12 @@ def test_bad_files_to_classify_are_named(tmp_path, classifier, capsys):
             run_script("evaluate/evaluate_classify.py", "--npy_path", path, "--model_path", classifier)
         assert stopped.value.code == 1
         assert complaint in capsys.readouterr().err
+
+
+def test_a_floor_of_zero_is_no_crash_and_wide_numbers_stay_apart(capsys):
+    labels = torch.arange(3).repeat_interleave(4)
+    same = gaussian_features(12, [0.0, 0], [1.0, 1], seed=0)
+    rows = evaluate_fld.frechet_rows("Fréchet distance, x features", [same, same, same + 1], labels)
+    assert all(value > 1e6 or value == float("inf") for value in list(rows.values())[2])
+    evaluate_fld.print_table({"a": [1234567890.0, -1.5e-12, float("inf"), 0.0]}, 4)
+    assert capsys.readouterr().out.splitlines()[-2].split()[1:] == ["1.235e+09", "-1.5e-12", "inf", "0"]
