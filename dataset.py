@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,10 +42,11 @@ class NpyDataset(Dataset):
         on_bad_file: "raise" reports every bad file of the folder and stops, "skip" reports them and goes on.
 
     Attributes:
-        images: (n, 1, 64, 64) float32, each image scaled to [0, 1] by its own minimum and maximum.
+        images: (n, 1, 64, 64) float32, each scaled to [0, 1] by its own minimum and maximum; read when first used.
         labels: (n,) int64, index into ``classes``.
         axion_mass: (n,) float64 in eV, NaN where the file gives none.
         files: path of each image relative to ``root_dir``.
+        fingerprint: another one when any file of the folder has changed.
 
     Raises:
         InputError: for a folder without the three classes, with bad files, or with no image in the split.
@@ -61,14 +63,22 @@ class NpyDataset(Dataset):
         self.transform = transform
         self.classes = CLASSES
         self.class_to_idx = {name: label for label, name in enumerate(CLASSES)}
-        packed = _load_folder(self.root_dir, on_bad_file)
+        packed, self.fingerprint = _load_folder(self.root_dir, on_bad_file)
         keep = np.flatnonzero([split in ("all", split_of(file)) for file in packed["file"]])
         if not len(keep):
             raise InputError(f"{root_dir}: none of its {len(packed)} images is in the part {split!r}; add images")
         self.files = packed["file"][keep].tolist()
         self.labels = torch.tensor([self.class_to_idx[file.split("/")[0]] for file in self.files])
         self.axion_mass = packed["axion_mass"][keep].copy()
-        self.images = torch.from_numpy(packed["image"][keep])
+        self._packed, self._keep = packed["image"], keep
+
+    @cached_property
+    def images(self) -> Tensor:
+        return self.read(slice(None))
+
+    def read(self, index: Tensor | slice) -> Tensor:
+        """Some of ``images``, read from the cache on disk without keeping the others in memory."""
+        return torch.from_numpy(self._packed[self._keep[index]])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -222,13 +232,16 @@ def _read_pickled_pair(body: bytes) -> tuple[np.ndarray, float]:
         raise InputError("is not a pair of image and axion mass, or is damaged") from None
 
 
-def _load_folder(root: Path, on_bad_file: str) -> np.ndarray:
-    """All images of a folder as an array of records (file, image, axion_mass), from its cache when that is fresh."""
+def _load_folder(root: Path, on_bad_file: str) -> tuple[np.ndarray, str]:
+    """All images of a folder as an array of records (file, image, axion_mass), from its cache when that is fresh.
+
+    Also the fingerprint that tells when it is.
+    """
     listing = _list_files(root)
     fingerprint = hashlib.sha256(repr((listing, _VERSION)).encode()).hexdigest()[:16]
     cache = root / f".lens_cache_{fingerprint}.npy"
     try:
-        return np.load(cache, mmap_mode="r", allow_pickle=False)
+        return np.load(cache, mmap_mode="r", allow_pickle=False), fingerprint
     except (OSError, ValueError, EOFError):  # absent, or cut short by a full disk
         pass
     names, problems = [file for file, *_ in listing], []
@@ -244,9 +257,9 @@ def _load_folder(root: Path, on_bad_file: str) -> np.ndarray:
         if on_bad_file == "raise" or len(problems) == len(listing):
             raise InputError(report + '\nremove or mend them, or set ON_BAD_FILE = "skip"')
         print(report + "\nskipped")
-        return packed[packed["file"] != ""]
+        return packed[packed["file"] != ""], fingerprint
     _write_cache(cache, packed)
-    return packed
+    return packed, fingerprint
 
 
 def _list_files(root: Path) -> list[tuple[str, int, int, int]]:

@@ -1,6 +1,7 @@
 """The pictures the scripts write: image grids, training curves, confusion matrices."""
 
 import csv
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 
-def image_grid(rows: dict[str, np.ndarray], title: str = "") -> Figure:
+def image_grid(rows: dict[str, np.ndarray], title: str = "", signed: Collection[str] = ()) -> Figure:
     """Rows of lens images, each with its name to the left.
 
     Args:
         rows: name of each row and its images, (n, 64, 64) or (n, 1, 64, 64) in [0, 1].
+        signed: names of rows that hold differences of images; they are shown from -0.05 to 0.05.
     """
     columns = max(len(images) for images in rows.values())
     figure = Figure(figsize=(1.2 * columns + 2, 1.25 * len(rows) + 0.3), layout="constrained")
@@ -22,8 +24,11 @@ def image_grid(rows: dict[str, np.ndarray], title: str = "") -> Figure:
         axis.set_frame_on(False)
     for axes_of_row, (name, images) in zip(axes, rows.items(), strict=True):
         axes_of_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        shown = {"cmap": "inferno", "vmin": 0, "vmax": 1}
+        if name in signed:
+            shown = {"cmap": "RdBu_r", "vmin": -0.05, "vmax": 0.05}
         for axis, image in zip(axes_of_row, images, strict=False):
-            axis.imshow(np.asarray(image).reshape(image.shape[-2:]), cmap="inferno", vmin=0, vmax=1, origin="lower")
+            axis.imshow(np.asarray(image).reshape(image.shape[-2:]), origin="lower", **shown)
     figure.suptitle(title)
     return figure
 
@@ -64,6 +69,40 @@ def confusion_matrix(counts: np.ndarray, classes: tuple[str, ...], title: str = 
     axis.set_xticks(range(len(classes)), classes)
     axis.set_yticks(range(len(classes)), classes)
     axis.set(xlabel="called", ylabel="true", title=title)
+    return figure
+
+
+def bands(
+    x: np.ndarray, panels: dict[str, dict[str, np.ndarray]], xlabel: str, ylabel: str, log: bool = False
+) -> Figure:
+    """Median and 5% to 95% range of curves: panel -> name -> (n, len(x)); the first name's range is shaded."""
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    for axis, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for number, (name, values) in enumerate(curves.items()):
+            low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=0)
+            color = f"C{number}"
+            axis.plot(x, middle, color=color, label=name)
+            if number == 0:
+                axis.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
+            else:
+                axis.plot(x, low, x, high, color=color, linestyle="--", linewidth=0.8)
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+        axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def histograms(panels: dict[str, dict[str, np.ndarray]], xlabel: str) -> Figure:
+    """Distributions of positive numbers on a logarithmic axis: panel -> name -> (n,)."""
+    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
+    for axis, (title, samples) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        low, high = (reduce(np.concatenate(list(samples.values()))) for reduce in (np.min, np.max))
+        edges = np.geomspace(max(low, 1e-9), max(high, 2e-9), 41)
+        for name, values in samples.items():
+            axis.hist(values.clip(edges[0], edges[-1]), edges, histtype="step", linewidth=1.5, label=name)
+        axis.set(title=title, xlabel=xlabel, ylabel="images", xscale="log")
+        axis.grid(alpha=0.3)
+    axis.legend()
     return figure
 
 

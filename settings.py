@@ -57,9 +57,7 @@ def from_flags(script: dict[str, Any], argv: list[str] | None = None, required: 
         re.findall(r"^([A-Z][A-Z0-9_]*)\b[^#\n]*=[^#\n]*#\s*(.*)$", Path(script["__file__"]).read_text(), re.M)
     )
     parser = _Parser(description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in list(script.items()):
-        if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or not isinstance(default, bool | int | float | str | None):
-            continue
+    for name, default in constants(script).items():
         if name.endswith(PATH_ENDINGS) and default is not None:
             script[name] = str(ROOT / default)
         help_text = notes.get(name, "") + ("" if name in required else f" [{default}]")
@@ -73,6 +71,12 @@ def from_flags(script: dict[str, Any], argv: list[str] | None = None, required: 
             help=help_text.strip().replace("%", "%%"),
         )
     script.update(vars(parser.parse_args(argv)))
+
+
+def constants(script: dict[str, Any]) -> dict[str, Any]:
+    """The constants of a script that are flags, by name."""
+    plain = bool | int | float | str | None
+    return {k: v for k, v in script.items() if re.fullmatch(r"[A-Z][A-Z0-9_]*", k) and isinstance(v, plain)}
 
 
 def pick_device(name: str) -> "torch.device":

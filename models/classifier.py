@@ -34,7 +34,9 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> nn.
 
 
 @torch.inference_mode()
-def classify(model: nn.Module, images: Tensor, batch_size: int = 128) -> tuple[Tensor, Tensor]:
+def classify(
+    model: nn.Module, images: Tensor, batch_size: int = 128, show_progress: bool = True
+) -> tuple[Tensor, Tensor]:
     """Probabilities (n, 3) and pooled features (n, 512) of images (n, 1, 64, 64) of any range, on the CPU."""
     device = model.fc.weight.device
     pooled = []
@@ -42,7 +44,9 @@ def classify(model: nn.Module, images: Tensor, batch_size: int = 128) -> tuple[T
     try:
         probabilities = [
             model(classifier_transforms(batch.to(device), model.image_size)).softmax(1).cpu()
-            for batch in tqdm(images.split(batch_size), desc="classifying", unit="batch", leave=False)
+            for batch in tqdm(
+                images.split(batch_size), "classifying", unit="batch", leave=False, disable=not show_progress
+            )
         ]
     finally:
         hook.remove()

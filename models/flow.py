@@ -100,6 +100,7 @@ def sample(
     cfg_scale: float | None = 5.0,
     seed: int = 0,
     batch_size: int = 128,
+    first: int = 0,
     show_progress: bool = True,
 ) -> Tensor:
     """New images, one for each label.
@@ -111,6 +112,7 @@ def sample(
         steps: Euler steps from noise to image.
         cfg_scale: guidance scale; 1 or None turns guidance off.
         seed: image k of a seed is the same whatever the batch size, the device or the number of images.
+        first: number k of the first image.
 
     Returns:
         (n, *shape) float32, in the range the network was trained on, not clipped.
@@ -119,7 +121,7 @@ def sample(
     images = []
     with tqdm(total=len(labels), unit="image", desc="generating", disable=not show_progress, leave=False) as bar:
         for batch in labels.split(batch_size):
-            noise = noise_images(shape, seed, bar.n, len(batch)).to(labels.device)
+            noise = noise_images(shape, seed, first + bar.n, len(batch)).to(labels.device)
             images.append(euler(velocity, noise, batch, steps))
             bar.update(len(batch))
     return torch.cat(images)

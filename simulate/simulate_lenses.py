@@ -23,6 +23,7 @@ import numpy as np
 from astropy import constants, units
 from astropy.cosmology import FlatLambdaCDM
 from astropy.table import Table
+from lenstronomy.ImSim.image_model import ImageModel
 from lenstronomy.SimulationAPI.ObservationConfig.Euclid import Euclid
 from lenstronomy.SimulationAPI.sim_api import SimAPI
 from tqdm import tqdm
@@ -44,6 +45,7 @@ _HALO_MASS = 1e12  # solar masses, like all masses here
 _VORTEX_MASS, _VORTEX_POINTS = 3e10, 100
 _SUBHALO_COUNT, _SUBHALO_MASSES, _SUBHALO_SLOPE, _SUBHALO_RADII = 25, (1e6, 1e10), -0.9, (0.25, 2.0)  # radii in arcsec
 _SOURCE_BOX = 0.35  # the source lies within +-0.35" on each axis
+SOURCE = {"magnitude": 20, "R_sersic": 0.25, "n_sersic": 1, "e1": -0.1, "e2": 0.1}  # as lenstronomy's SERSIC_ELLIPSE
 
 
 def main() -> None:
@@ -132,7 +134,7 @@ def _einstein_radius_of_one(convention: str) -> float:
 
 
 @cache
-def _telescope(num_points: int):
+def telescope(num_points: int) -> tuple[SimAPI, ImageModel]:
     """lenstronomy's simulator and image model for a lens with so many point masses; slow to build, fast to reuse."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it asks us to check the cosmology that the recipe fixes
@@ -164,17 +166,35 @@ def render(
         positions: their positions in arcsec, (n, 2).
         halo_theta_e: Einstein radius of the main halo in arcsec; that of 1e12 solar masses when None.
     """
-    simulator, image_model = _telescope(len(theta_e))
+    simulator, image_model = telescope(len(theta_e))
+    lens = smooth_lens(halo_theta_e)
+    lens += [{"theta_E": t, "center_x": x, "center_y": y} for t, (x, y) in zip(theta_e, positions, strict=True)]
+    x, y = source_xy
+    _, source_amplitude, _ = simulator.magnitude2amplitude(kwargs_source_mag=[SOURCE | {"center_x": x, "center_y": y}])
+    return 2 * image_model.image(lens, source_amplitude)  # twice, as the published files are
+
+
+def smooth_lens(halo_theta_e: float | None = None) -> list[dict[str, float]]:
+    """The lens without substructure, as lenstronomy takes it."""
     halo_theta_e = einstein_radius(_HALO_MASS) if halo_theta_e is None else halo_theta_e
-    lens = [
+    return [
         {"theta_E": halo_theta_e, "e1": 0.1, "e2": 0.0, "center_x": 0.0, "center_y": 0.0},
         {"gamma1": 0.05, "gamma2": 0.0},
     ]
-    lens += [{"theta_E": t, "center_x": x, "center_y": y} for t, (x, y) in zip(theta_e, positions, strict=True)]
-    x, y = source_xy
-    source = {"magnitude": 20, "R_sersic": 0.25, "n_sersic": 1, "e1": -0.1, "e2": 0.1, "center_x": x, "center_y": y}
-    _, source_amplitude, _ = simulator.magnitude2amplitude(kwargs_source_mag=[source])
-    return 2 * image_model.image(lens, source_amplitude)  # twice, as the published files are
+
+
+def source_plane() -> np.ndarray:
+    """Where the ray of each pixel meets the source plane behind the smooth lens, (2, 64, 64) in arcsec."""
+    _, image_model = telescope(0)
+    x, y = image_model.ImageNumerics.coordinates_evaluate
+    return np.stack(image_model.source_mapping.image2source(x, y, smooth_lens(), 0)).reshape(2, 64, 64)
+
+
+def psf_matrix() -> np.ndarray:
+    """P, (64, 64), such that P @ image @ P.T is the image blurred by the telescope's Gaussian point spread function."""
+    convolve = telescope(0)[1].ImageNumerics.re_size_convolve
+    rows = np.repeat(np.eye(64)[:, :, None], 64, axis=2)  # image i is 1 in row i
+    return np.stack([convolve(image.ravel())[:, 0] for image in rows], axis=1)
 
 
 def simulate_to_file(folder: Path, convention: str, row: dict[str, Any]) -> None:

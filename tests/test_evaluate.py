@@ -1,10 +1,14 @@
 """Generation is reproducible and in range; distances are right where they are known; nothing missing is a crash."""
 
+import hashlib
+import html
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +17,12 @@ from conftest import ROOT, run_script
 from torch_fidelity import feature_extractor_inceptionv3
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from dataset import CLASSES
-from evaluate import evaluate_fld
-from evaluate.evaluate_fld import frechet_distance, generate_image, load_model
+from dataset import CLASSES, NpyDataset
+from evaluate import evaluate_fld, measure
+from evaluate.evaluate_fld import generate_image, load_model
+from evaluate.figures import TITLES
+from evaluate.measure import measure as real_measure
+from models.classifier import load_classifier
 from settings import InputError
 
 
@@ -57,60 +64,6 @@ def test_evaluate_is_ours_where_another_package_has_the_name(tmp_path):
     assert done.stdout == "ours\n", done.stderr
 
 
-# Distances
-
-
-def gaussian_features(n, mean, variance, seed):
-    """Features (n, d) whose sample mean and covariance are exactly mean and diag(variance)."""
-    x = np.random.default_rng(seed).standard_normal((n, len(mean)))
-    x = x - x.mean(0)
-    x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
-    return torch.from_numpy(x * np.sqrt(variance) + mean)
-
-
-def test_frechet_distance_of_known_gaussians():
-    a = gaussian_features(60, [0.0, 1, 2], [1.0, 4, 9], seed=0)
-    b = gaussian_features(80, [1.0, 1, 0], [4.0, 4, 1], seed=1)
-    expected = (1 + 0 + 4) + (1 - 2) ** 2 + (2 - 2) ** 2 + (3 - 1) ** 2
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
-    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-
-
-def test_a_rotated_covariance_is_not_taken_for_a_diagonal_one():
-    a = gaussian_features(60, [0.0, 0], [1.0, 25], seed=0)
-    angle = np.pi / 4
-    turn = torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    covariance = np.diag([1.0, 25])
-    turned = turn.numpy() @ covariance @ turn.numpy().T
-    eigenvalues = np.linalg.eigvals(covariance @ turned)
-    expected = 52 - 2 * np.sqrt(eigenvalues).sum()
-    assert frechet_distance(a, a @ turn.T) == pytest.approx(expected, rel=1e-6)
-
-
-def test_rows_give_distance_floor_and_ratio_overall_and_by_class():
-    labels = torch.arange(3).repeat_interleave(50)
-    sets = [gaussian_features(150, [0.0, 0], [1.0, 1], seed) for seed in range(3)]
-    rows = evaluate_fld.frechet_rows("Fréchet distance, x features", sets, labels)
-    distance, floor, ratio = rows.values()
-    assert [len(row) for row in rows.values()] == [4, 4, 4]
-    assert floor[2] == pytest.approx(frechet_distance(sets[0][50:100], sets[1][50:100]))
-    both = [frechet_distance(half[100:], sets[2][100:]) for half in sets[:2]]
-    assert distance[3] == pytest.approx(np.mean(both))
-    assert ratio[1] == pytest.approx(distance[1] / floor[1])
-
-
-def test_halves_are_disjoint_and_balanced():
-    labels = torch.tensor([0] * 9 + [1] * 12 + [2] * 30)
-    first, second = evaluate_fld.split_in_halves(labels, 1000)
-    assert not set(first.tolist()) & set(second.tolist())
-    for half in (first, second):
-        assert labels[half].tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert len(evaluate_fld.split_in_halves(labels, 2)[0]) == 6
-    with pytest.raises(InputError, match="fewer than 4"):
-        evaluate_fld.split_in_halves(torch.tensor([0, 1, 2]), 1000)
-
-
 # The scripts
 
 
@@ -120,7 +73,8 @@ def flags(lens_data, checkpoint, classifier, tmp_path, monkeypatch):
     return [
         *("--data_dir", lens_data, "--checkpoint_path", checkpoint, "--classifier_path", classifier),
         *("--generated_dir", tmp_path / "generated_npy", "--figure_path", tmp_path / "lenses.png"),
-        *("--num_ode_steps", 2, "--cfg_scale", 1, "--device", "cpu"),
+        *("--report_dir", tmp_path / "report", "--num_ode_steps", 2, "--cfg_scale", 1, "--device", "cpu"),
+        *("--num_splits", 2),
     ]
 
 
@@ -130,25 +84,122 @@ def no_network(*args, **kwargs):
 
 def test_without_inception_weights_and_network_the_rest_is_computed(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.hub.urlopen", no_network)
-    stale = tmp_path / "generated_npy" / "axion" / "1234.npy"
-    stale.parent.mkdir(parents=True)
-    stale.write_bytes(b"of an earlier run")
     run_script("evaluate/evaluate_fld.py", *flags)
     out = capsys.readouterr().out
     assert "FID with Inception is left out: its weights cannot be fetched; --inception_weights_path" in out
-    table = out[out.index("images a class") :]
-    assert table.split()[2:7] == ["class", "overall", "axion", "cdm", "no_sub"] or "overall" in table.splitlines()[0]
-    for row in ("Fréchet distance, lens features", "floor: real against real", "ratio to the floor"):
-        numbers = re.search(rf"{row}.*?((?:\s+[\d.e+-]+|\s+inf){{4}})$", table, re.M).group(1).split()
-        assert all(float(number) >= 0 for number in numbers)
-    assert len(re.search(r"accuracy, generated((?:\s+[\d.]+%){4})", table).group(1).split()) == 4
+    assert "3 images of a class are too few for the covariance of 512 features" in out
+    table = out[out.index("images a class  ") :]
+    assert table.splitlines()[0].split()[-4:] == ["overall", "axion", "cdm", "no_sub"]
+    spread = r"((?:\s+[\d.e+-]+ ± [\d.e+-]+){4})$"
+    for row, numbers in {
+        "Fréchet distance, lens features": r"((?:\s+[\d.e+-]+){4})$",
+        r"  floor: real against real \(lens features\)": spread,
+        r"  ratio to the floor \(lens features\)": r"((?:\s+[\d.e+-]+){4})$",
+        "Classifier accuracy, generated": r"((?:\s+[\d.]+%){4})$",
+        "  classifier accuracy, real": r"((?:\s+[\d.]+% ± [\d.]+%){4})$",
+    }.items():
+        assert re.search(rf"^{row} *{numbers}", table, re.M), row
     assert (tmp_path / "lenses.png").stat().st_size > 10_000
-    assert not stale.exists()
     files = sorted((tmp_path / "generated_npy").glob("*/*.npy"))
     assert {file.parent.name for file in files} == set(CLASSES)
     image = np.load(files[0])
     assert image.shape == (64, 64)
     assert image.dtype == np.float32
+
+
+def test_generated_files_are_the_images_of_the_notebook_and_of_one_checkpoint(flags, model, tmp_path):
+    """Another number of steps replaces them all; the same settings leave them, and make only what is missing."""
+    folder = tmp_path / "generated_npy"
+    run_script("evaluate/evaluate_fld.py", *flags)
+    np.testing.assert_allclose(np.load(folder / "cdm" / "2.npy"), generate_image(model, 1, 2, 1.0, 3)[2, 0], atol=1e-5)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*/*.npy")}
+    (folder / "no_sub" / "0.npy").unlink()
+    run_script("evaluate/evaluate_fld.py", *flags)
+    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*/*.npy")}
+    assert all(after[path][1] == content for path, (_, content) in before.items())
+    assert {path.parent.name for path in before if after[path][0] != before[path][0]} == {"no_sub"}
+    np.save(folder / "axion" / "99.npy", np.eye(64))
+    run_script("evaluate/evaluate_fld.py", *flags, "--num_ode_steps", 3)
+    assert not (folder / "axion" / "99.npy").exists()
+    assert (folder / "axion" / "0.npy").read_bytes() != before[folder / "axion" / "0.npy"][1]
+
+
+def foreign_folder(lens_data, folder):
+    """Images that something else made: every real one, as float64 of another range, with names of their own."""
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+        for i in range(6):
+            np.save(folder / name / f"other_{i}.npy", 7 * np.load(lens_data / name / f"{i}.npy").astype(float) - 3)
+    return folder
+
+
+def test_a_folder_of_somebody_elses_images_is_scored_and_not_touched(flags, lens_data, tmp_path, capsys):
+    folder = foreign_folder(lens_data, tmp_path / "others")
+    flags += ["--generated_dir", folder, "--checkpoint_path", "nowhere.pt", "--report_dir", tmp_path / "report"]
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
+    run_script("evaluate/evaluate_fld.py", *flags)
+    assert "which were not made here: nothing is generated" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*")} == before
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["source"] == {"folder": str(folder)}
+
+
+def test_the_report_holds_every_figure_beside_its_floor(flags, lens_data, tmp_path):
+    folder = foreign_folder(lens_data, tmp_path / "others")
+    run_script("evaluate/evaluate_fld.py", *flags, "--compare_path", folder)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    promised = [
+        "frechet_lens",
+        "kid_lens",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "fld",
+        "fld_gap",
+        "copy_share",
+    ]
+    promised += ["two_sample_accuracy", "class_accuracy", "lens_residual", "ring_radius", "ring_width", "power_16_32"]
+    for figures in (report["figures"], report["compared"][0]["figures"]):
+        for name in promised:
+            for part in ("overall", *CLASSES):
+                figure = figures[name][part]
+                assert all(isinstance(figure[key], float) for key in ("value", "floor", "floor_std")), (name, part)
+        assert figures["fid_inception"]["axion"] == {"value": None, "value_std": None, "floor": None, "floor_std": None}
+    assert report["figures"] != report["compared"][0]["figures"]
+    low, high = report["figures"]["class_accuracy"]["cdm"]["interval"]
+    assert low <= report["figures"]["class_accuracy"]["cdm"]["value"] <= high
+    assert "standard_error" in report["figures"]["kid_lens"]["overall"]
+    assert report["counts"]["per_class"] == 3
+    assert report["settings"]["NUM_SPLITS"] == 2
+    assert report["source"]["sha256"] == hashlib.sha256(Path(report["source"]["checkpoint"]).read_bytes()).hexdigest()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("<img") == page.count("data:image/png;base64,") >= 10
+    assert not re.search(r"(src|href)=.https?:", page)
+    for text in (*TITLES.values(), "generated_npy", "others"):
+        assert html.escape(text) in page or text in page
+
+
+def test_measurements_of_real_images_are_kept_until_something_changes(data_copy, classifier, monkeypatch):
+    measured = []
+    monkeypatch.setattr(measure, "measure", lambda *args: measured.append(1) or real_measure(*args))
+    network = load_classifier(classifier)
+
+    def again(network=network):
+        measured.clear()
+        dataset = NpyDataset(data_copy, None, "test")
+        measure.measure_cached("test", dataset, torch.arange(4), network, None, 128)
+        return bool(measured)
+
+    assert [again(), again()] == [True, False]
+    np.save(next((data_copy / "cdm").glob("*.npy")), np.eye(64))
+    assert [again(), again()] == [True, False]
+    with torch.no_grad():
+        network.fc.bias += 1
+    assert [again(), again()] == [True, False]
+    next(data_copy.glob(".lens_measured_test_*")).write_bytes(b"half of it")
+    assert [again(), again()] == [True, False]
+    assert len(list(data_copy.glob(".lens_measured_test_*"))) == 1
 
 
 @pytest.fixture
@@ -164,7 +215,7 @@ def inception_weights(tmp_path, monkeypatch):
 
 def test_inception_weights_from_a_file_give_the_usual_fid(flags, inception_weights, capsys):
     run_script(
-        "evaluate/evaluate_fld.py", *flags, "--inception_weights_path", inception_weights, "--images_per_class", 2
+        "evaluate/evaluate_fld.py", *flags, "--inception_weights_path", inception_weights, "--images_per_class", 3
     )
     out = capsys.readouterr().out
     assert re.search(r"^FID, Inception\s+[\d.]+", out, re.M)
@@ -223,12 +274,3 @@ def test_bad_files_to_classify_are_named(tmp_path, classifier, capsys):
             run_script("evaluate/evaluate_classify.py", "--npy_path", path, "--model_path", classifier)
         assert stopped.value.code == 1
         assert complaint in capsys.readouterr().err
-
-
-def test_a_floor_of_zero_is_no_crash_and_wide_numbers_stay_apart(capsys):
-    labels = torch.arange(3).repeat_interleave(4)
-    same = gaussian_features(12, [0.0, 0], [1.0, 1], seed=0)
-    rows = evaluate_fld.frechet_rows("Fréchet distance, x features", [same, same, same + 1], labels)
-    assert all(value > 1e6 or value == float("inf") for value in list(rows.values())[2])
-    evaluate_fld.print_table({"a": [1234567890.0, -1.5e-12, float("inf"), 0.0]}, 4)
-    assert capsys.readouterr().out.splitlines()[-2].split()[1:] == ["1.235e+09", "-1.5e-12", "inf", "0"]

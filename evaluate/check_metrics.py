@@ -1,0 +1,98 @@
+"""Shows that every figure catches the failure it exists for: scores generators that are broken in known ways.
+
+    python evaluate/check_metrics.py
+
+Makes their images from those of DATA_DIR in OUTPUT_DIR, scores them like generated ones and prints a table. Real images
+that nothing was done to must stay at the floor everywhere.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import settings
+from dataset import CLASSES, NpyDataset
+from evaluate.figures import PARTS, TITLES, Reference, apart, first_of_each_class
+from evaluate.report import with_floor
+from models.classifier import load_classifier
+
+DATA_DIR = "data"  # Folder with axion/, cdm/ and no_sub/
+OUTPUT_DIR = "metric_check"  # Where the broken images go
+CLASSIFIER_PATH = "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt"  # Gives the lens features
+IMAGES_PER_CLASS = 1000  # As many as half of the test or all of the validation images if these are fewer
+NUM_SPLITS = 10  # Random halves of the real images, for floors and their spread
+SEED = 0  # Of the splits and of what is done to the images
+DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
+
+# What is done to (n, 64, 64) images of the validation part, class by class, in order of CLASSES
+BROKEN: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
+    "real": lambda images, rng: images,
+    "one_image": lambda images, rng: np.repeat(images[:1], len(images), axis=0),
+    "blurred": lambda images, rng: gaussian_filter(images, (0, 1, 1)),
+    "rotated": lambda images, rng: np.rot90(images, axes=(1, 2)),
+    "garbage": lambda images, rng: np.where(
+        (np.arange(len(images)) % 20 == 0)[:, None, None], rng.random(images.shape), images
+    ),
+}
+# And two that are not made image by image: training images returned, and classes given each other's images
+COPIES, SWAPPED = "copies", "swapped"
+
+
+def main() -> None:
+    train, val, test = (NpyDataset(DATA_DIR, None, part) for part in ("train", "val", "test"))
+    count = min(IMAGES_PER_CLASS, fewest(test) // 2, fewest(val), fewest(train))
+    if count < 3:
+        raise settings.InputError(f"{DATA_DIR}: too few images of a class; add images")
+    classifier = load_classifier(CLASSIFIER_PATH, settings.pick_device(DEVICE))
+    reference = Reference(test, train, count, classifier)
+    folders = write_broken(Path(OUTPUT_DIR), train, val, count, SEED)
+    found = {
+        name: reference.score(name, NpyDataset(folder), NUM_SPLITS, SEED).figures
+        for name, folder in tqdm(folders.items(), "broken generators", leave=False)
+    }
+    print(f"\n{count} images a class, {NUM_SPLITS} splits; bold: one in a thousand would be so far from the floor\n")
+    for part in PARTS:
+        print(f"| {part} | floor | {' | '.join(found)} |\n|---|---|{'---|' * len(found)}")
+        for figure, title in TITLES.items():
+            cells = [figures[figure][part] for figures in found.values()]
+            if cells[0]["value"] is not None:
+                row = [with_floor(figure, cell, "value") for cell in cells]
+                row = [f"**{text}**" if apart(c, NUM_SPLITS) else text for text, c in zip(row, cells, strict=True)]
+                print(f"| {title} | {with_floor(figure, cells[0], 'floor')} | {' | '.join(row)} |")
+        print()
+
+
+def fewest(dataset: NpyDataset) -> int:
+    """Number of images of the class that has the fewest."""
+    return int(torch.bincount(dataset.labels, minlength=len(CLASSES)).min())
+
+
+def write_broken(output: Path, train: NpyDataset, val: NpyDataset, count: int, seed: int) -> dict[str, Path]:
+    """Writes a folder of images for each broken generator; returns the folders."""
+    rng = np.random.default_rng(seed)
+    real, of_train = (
+        dataset.read(first_of_each_class(dataset.labels, n)).numpy()[:, 0].reshape(len(CLASSES), -1, 64, 64)
+        for dataset, n in ((val, count), (train, fewest(train)))
+    )
+    sets = {name: np.stack([change(images, rng) for images in real]) for name, change in BROKEN.items()}
+    sets[COPIES] = np.stack([rng.choice(images, count, replace=False) for images in of_train])
+    sets[SWAPPED] = np.roll(real, 1, axis=0)
+    for name, images in sets.items():
+        shutil.rmtree(output / name, ignore_errors=True)
+        for label, of_class in zip(CLASSES, images, strict=True):
+            (output / name / label).mkdir(parents=True)
+            for i, image in enumerate(of_class):
+                np.save(output / name / label / f"{i}.npy", image.astype(np.float32))
+    return {name: output / name for name in sets}
+
+
+if __name__ == "__main__":
+    settings.run(main, globals())

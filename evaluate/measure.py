@@ -1,0 +1,118 @@
+"""One pass over images: everything the figures need to know of each, so that the images themselves are not kept."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset import NpyDataset
+from evaluate import physics
+from evaluate.lens_fit import fit_smooth_lens, fits
+from models.classifier import classify
+
+Measured = dict[str, Tensor]  # name -> (n, ...), row i of each belonging to image i
+
+
+@dataclass
+class Sample:
+    """Images of a dataset, class by class, with what was measured of them."""
+
+    name: str
+    dataset: NpyDataset
+    index: Tensor  # into the dataset
+    measured: Measured
+    source: dict[str, Any] = field(default_factory=dict)  # what made them
+    figures: dict[str, Any] = field(default_factory=dict)  # their scores
+
+    def read(self, index: Tensor) -> Tensor:
+        """Images (n, 1, 64, 64) of indices into the sample."""
+        return self.dataset.read(self.index[index])
+
+
+_VERSION = 1  # of the cache; change it when what is measured changes
+
+
+def measure(
+    dataset: NpyDataset, index: Tensor, classifier: nn.Module, inception: nn.Module | None = None, batch_size: int = 128
+) -> Measured:
+    """Measures the images of a dataset that ``index`` (n,) names.
+
+    Returns:
+        label (n,); features (n, 512) and probabilities (n, 3) of the lens classifier; inception (n, 2048), if there is
+        that network; profile and spectrum (n, 32); every number of ``physics.describe``; source_xy (n, 2), explained,
+        lens_residual (RMS over peak) and residual_* (RMS in a band) of the smooth lens that fits best; thumbnail
+        (n, 1024), the image at half its resolution.
+    """
+    rows: list[Measured] = []
+    for part in tqdm(index.split(batch_size), "measuring", unit="batch", leave=False):
+        images = dataset.read(part)
+        probabilities, features = classify(classifier, images, batch_size, show_progress=False)
+        xy, residual = fit_smooth_lens(images)
+        of_residual = physics.band_power(physics.power_spectrum(residual))
+        row = {
+            "label": dataset.labels[part],
+            "features": features,
+            "probabilities": probabilities,
+            "profile": physics.radial_profile(images),
+            "spectrum": physics.power_spectrum(images),
+            "source_xy": xy,
+            "explained": fits(images, residual),
+            "lens_residual": residual.square().mean((1, 2, 3)).sqrt(),
+            "thumbnail": F.avg_pool2d(images, 2).flatten(1),
+            **{f"residual_{band}": power.sqrt() for band, power in of_residual.items()},
+            **physics.describe(images),
+        }
+        if inception is not None:
+            device = next(inception.parameters()).device
+            row["inception"] = inception((255 * images).byte().expand(-1, 3, -1, -1).to(device)).cpu()
+        rows.append(row)
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def measure_cached(
+    name: str, dataset: NpyDataset, index: Tensor, classifier: nn.Module, inception: nn.Module | None, batch_size: int
+) -> Measured:
+    """``measure``, kept in the dataset's folder under a name until its files, ``index`` or a network change."""
+    state = hashlib.sha256(repr((_VERSION, dataset.fingerprint, index.tolist())).encode())
+    for network in filter(None, (classifier, inception)):
+        for weights in network.state_dict().values():
+            state.update(weights.cpu().numpy().tobytes())
+    path = Path(dataset.root_dir) / f".lens_measured_{name}_{state.hexdigest()[:16]}.pt"
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception:  # absent, or cut short by a full disk: measure
+        pass
+    measured = measure(dataset, index, classifier, inception, batch_size)
+    part = path.with_suffix(".part")
+    try:
+        torch.save(measured, part)
+        for old in path.parent.glob(f".lens_measured_{name}_*.pt"):
+            old.unlink(missing_ok=True)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        print(f"{path} cannot be written ({error}): the images will be measured again next time")
+    return measured
+
+
+def thumbnails(dataset: NpyDataset, batch_size: int = 1024) -> Tensor:
+    """Every image of a dataset at half its resolution, (n, 1024)."""
+    parts = torch.arange(len(dataset)).split(batch_size)
+    return torch.cat([F.avg_pool2d(dataset.read(part), 2).flatten(1) for part in parts])
+
+
+def find_nearest(measured: Measured, training: Tensor) -> None:
+    """Adds to a measurement the distance (RMS over peak) to the nearest of the training thumbnails, and its index."""
+    found = [torch.cdist(some, training).min(1) for some in measured["thumbnail"].split(256)]
+    measured["train_distance"] = torch.cat([f.values for f in found]) / training.shape[1] ** 0.5
+    measured["train_neighbour"] = torch.cat([f.indices for f in found])
+
+
+def select(measured: Measured, index: Tensor) -> Measured:
+    """Some images of a measurement."""
+    return {name: values[index] for name, values in measured.items()}

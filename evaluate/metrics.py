@@ -1,0 +1,128 @@
+"""Distances between samples, from their features; each is checked against a closed form or its published definition."""
+
+import math
+
+import numpy as np
+import torch
+from scipy.stats import wasserstein_distance
+from torch import Tensor
+
+NEIGHBOURS = 5  # k of precision, recall, density and coverage
+_FLD_STEPS = 20  # of expectation maximization
+_FLD_LEAST_VARIANCE = 1e-4  # of unit-variance features: a Gaussian on a copied image stays this wide
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance of the Gaussians fitted to features (n, d) and (m, d) (Heusel et al. 2017, arXiv:1706.08500).
+
+    With covariances A^T A and B^T B, the trace of the root of their product is the sum of the singular values of A B^T:
+    as exact as an eigenvalue solver on the product, and in far less time.
+    """
+    (mean_a, root_a), (mean_b, root_b) = _mean_and_root(a.double()), _mean_and_root(b.double())
+    cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
+    distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross
+    return max(distance.item(), 0.0)  # rounding can leave equal sets a little below zero
+
+
+def _mean_and_root(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (d,) of features (n, d), and R with R^T R their covariance."""
+    mean = x.mean(0)
+    return mean, torch.linalg.qr((x - mean) / (len(x) - 1) ** 0.5, mode="r").R
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """KID (Bińkowski et al. 2018, arXiv:1801.01401) of features (n, d) each, and its standard error.
+
+    The unbiased squared maximum mean discrepancy (Gretton et al. 2012, Lemma 6 with Eq. 4) of the kernel
+    (x.y / d + 1)^3; its standard error by leaving out one pair of images at a time.
+    """
+    n, d = a.shape
+    if len(b) != n:
+        raise ValueError("kernel_distance takes two samples of one size")
+    a, b = a.double(), b.double()
+    cross = (a @ b.T / d + 1) ** 3
+    h = (a @ a.T / d + 1) ** 3 + (b @ b.T / d + 1) ** 3 - cross - cross.T
+    h.fill_diagonal_(0)
+    total, of_one = h.sum(), h.sum(1)
+    without_one = (total - 2 * of_one) / ((n - 1) * (n - 2))
+    error = ((n - 1) / n * (without_one - without_one.mean()).square().sum()).sqrt()
+    return (total / (n * (n - 1))).item(), error.item()
+
+
+def precision_recall_density_coverage(real: Tensor, other: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
+    """How much of each sample of features lies within the other's neighbourhoods.
+
+    Precision and recall: Kynkäänniemi et al. 2019 (arXiv:1904.06991, Eq. 1-2); density and coverage: Naeem et al. 2020
+    (arXiv:2002.09797, Eq. 4-5). A neighbourhood reaches to the k-th nearest image of the same sample.
+    """
+    k = min(k, len(real) - 1, len(other) - 1)
+    real_reach = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest is the image itself
+    other_reach = torch.cdist(other, other).kthvalue(k + 1, dim=1).values
+    distance = torch.cdist(real, other)
+    within_real = distance <= real_reach[:, None]
+    return {
+        "precision": within_real.any(0).double().mean().item(),
+        "recall": (distance <= other_reach).any(1).double().mean().item(),
+        "density": within_real.double().sum(0).mean().item() / k,
+        "coverage": (distance.amin(1) <= real_reach).double().mean().item(),
+    }
+
+
+def feature_likelihood_divergence(train: Tensor, test: Tensor, other: Tensor) -> tuple[float, float]:
+    """FLD and its generalization gap (Jiralerspong et al. 2023, arXiv:2302.04440, Eq. 3-5) of features (n, d).
+
+    A Gaussian on every image of ``other``, its width fitted to the likelihood of the training images; FLD is 100 times
+    the negative log-likelihood a dimension of the test images, less what half of the training images reach in place of
+    ``other``. The gap is 100 times that of the training images less that of the test images: far below zero when
+    ``other`` holds copies of training images, whose Gaussians shrink onto them.
+    """
+    mean, spread = test.mean(0), test.std(0).clamp_min(1e-6)
+    train, test, other = ((x - mean) / spread for x in (train, test, other))
+    of_train, of_test = _negative_log_likelihood(other, train, [train, test])
+    half = len(train) // 2
+    (baseline,) = _negative_log_likelihood(train[:half][: len(other)], train[half:], [test])
+    return 100 * (of_test - baseline), 100 * (of_train - of_test)
+
+
+def _negative_log_likelihood(centres: Tensor, fitted_to: Tensor, of: list[Tensor]) -> list[float]:
+    """A dimension, of samples under equal Gaussians on ``centres`` whose widths are most likely for ``fitted_to``."""
+    dimension = centres.shape[1]
+
+    def log_likelihoods(squares: Tensor, variance: Tensor) -> Tensor:
+        return -0.5 * (squares / variance + dimension * torch.log(2 * math.pi * variance)) - math.log(len(centres))
+
+    def squared_distances(x: Tensor) -> Tensor:  # in float64: those of copies are differences of equal numbers
+        return torch.cdist(x.double(), centres.double()).square().float()
+
+    squares = squared_distances(fitted_to)
+    # From the nearest image, as published: a wider start ends in far less likely widths
+    variance = (squares.amin(0) / dimension).clamp_min(_FLD_LEAST_VARIANCE)
+    for _ in range(_FLD_STEPS):  # expectation maximization in closed form, the centres being fixed
+        share = log_likelihoods(squares, variance).softmax(1)
+        mass = share.sum(0)
+        fitted = (share * squares).sum(0) / (dimension * mass).clamp_min(1e-30)
+        variance = torch.where(mass > 1e-6, fitted, variance).clamp_min(_FLD_LEAST_VARIANCE)
+    return [-log_likelihoods(squared_distances(x), variance).logsumexp(1).mean().item() / dimension for x in of]
+
+
+def wasserstein(a: Tensor, b: Tensor, period: float | None = None) -> float:
+    """Wasserstein-1 distance of two samples of a number, or, with a period, of an angle.
+
+    On a circle it is the least integral of \\|F_a - F_b - c\\| over constants c (Rabin et al. 2011, arXiv:0906.5499).
+    """
+    if period is None:
+        return wasserstein_distance(a.numpy(), b.numpy())
+    at = np.sort(np.concatenate([a.numpy(), b.numpy()]) % period)
+    width = np.diff(at, append=at[0] + period)
+    gap = np.searchsorted(np.sort(a % period), at, "right") / len(a)
+    gap = gap - np.searchsorted(np.sort(b % period), at, "right") / len(b)
+    order = np.argsort(gap)
+    median = gap[order][np.searchsorted(np.cumsum(width[order]), period / 2)]
+    return float((np.abs(gap - median) * width).sum())
+
+
+def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a share of ``count`` independent trials (Wilson 1927)."""
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(centre - half, 0.0), min(centre + half, 1.0)

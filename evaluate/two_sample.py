@@ -1,0 +1,89 @@
+"""Can anyone tell? A network trained to tell two sets of images apart (Lopez-Paz & Oquab 2017, arXiv:1610.06545)."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+HELD_OUT = 0.5  # share of the images that only test the network
+_STEPS, _EPOCHS = 200, 40  # of training: whichever is less
+_BATCH_SIZE, _LEARNING_RATE = 32, 2e-3  # a batch has as many images of either sample
+
+
+def told_apart(
+    a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tensor], labels: Tensor, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Whether a network recognizes each held-out image of two samples after training on the others.
+
+    One network for all classes, with an output for each, so that they share what it learns.
+
+    Args:
+        a, b: the two samples; each gives its images (m, 1, 64, 64) in [0, 1] of indices (m,). Image i of both is of
+            class labels[i].
+        labels: (n,) int64.
+        seed: of the weights, the order and the choice of held-out images.
+
+    Returns:
+        Right or wrong for every held-out image, (m,) bool, and its class, (m,). Chance is one half.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():  # the same share of each class
+        of_class = torch.nonzero(labels == label).flatten()
+        order = torch.randperm(len(of_class), generator=generator)
+        held_out[of_class[order[: round(HELD_OUT * len(of_class))]]] = True
+    train, test = torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()
+    order = torch.cat([train[torch.randperm(len(train), generator=generator)] for _ in range(_EPOCHS)])
+    batches = order.split(_BATCH_SIZE)[:_STEPS]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _Network(int(labels.max()) + 1, torch.cat([a(order[:256]), b(order[:256])]))
+    optimizer = torch.optim.AdamW(network.parameters(), _LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, len(batches))
+
+    def logits_and_answers(index: Tensor) -> tuple[Tensor, Tensor]:
+        logits = network(torch.cat([a(index), b(index)]))
+        answers = torch.arange(2).repeat_interleave(len(index))
+        return logits.gather(1, labels[index].repeat(2)[:, None])[:, 0], answers
+
+    for index in tqdm(batches, "telling apart", unit="step", leave=False):
+        logits, answers = logits_and_answers(index)
+        loss = F.binary_cross_entropy_with_logits(logits, answers.float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    right, of_class = [], []
+    with torch.inference_mode():
+        for index in test.split(128):
+            logits, answers = logits_and_answers(index)
+            right.append((logits > 0) == answers)
+            of_class.append(labels[index].repeat(2))
+    return torch.cat(right), torch.cat(of_class)
+
+
+class _Network(nn.Module):
+    """A small convolutional network that is shown faint light and small scales as clearly as the bright arcs."""
+
+    def __init__(self, outputs: int, examples: Tensor):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(3, 32, 4, 4), nn.GroupNorm(4, 32), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 3, 2, 1), nn.GroupNorm(4, 64), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(64 * 64, outputs)),
+        )
+        shown = self._channels(examples)
+        self.mean, self.spread = shown.mean((0, 2, 3), keepdim=True), shown.std((0, 2, 3), keepdim=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers((self._channels(images) - self.mean) / self.spread)
+
+    @staticmethod
+    def _channels(images: Tensor) -> Tensor:
+        faint = (images + 1e-3).log()
+        small = images - F.avg_pool2d(images, 3, 1, 1)
+        return torch.cat([images, faint, small], 1)
