@@ -1,5 +1,5 @@
 # make demo   installs into .venv, simulates lenses, trains the small generator and the classifier, generates, evaluates;
-#             ends with demo/lenses.png and a table of scores. Run it again to go on where it was stopped.
+#             ends with demo/lenses.png, demo/evaluation/report.html and a table of scores. Run it again to go on where it was stopped.
 # make test   installs into .venv and runs every test.
 # make lint   checks style and format.
 
@@ -18,7 +18,8 @@ demo: .venv/installed
 	$(BIN)/python evaluate/evaluate_fld.py --data_dir $(DEMO)/data --generated_dir $(DEMO)/generated_npy \
 		--checkpoint_path $(DEMO)/diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt \
 		--classifier_path $(DEMO)/classifier_training_resnet18/classifier_ckpts/resnet18_best.pt \
-		--figure_path $(DEMO)/lenses.png --cfg_scale 1 --num_ode_steps 20
+		--figure_path $(DEMO)/lenses.png --report_dir $(DEMO)/evaluation \
+		--cfg_scale 1 --num_ode_steps 20 --num_splits 4
 
 demo-data:
 	$(BIN)/python simulate/simulate_lenses.py --data_dir $(DEMO)/data --num_per_class 4000

@@ -15,6 +15,7 @@ from evaluate.measure import Measured, Sample, find_nearest, measure, measure_ca
 from evaluate.two_sample import HELD_OUT, told_apart
 
 PARTS = ("overall", *CLASSES)
+_ROUNDING = 1e-5  # of residuals in float32, where the lens equation is obeyed exactly
 COPY_QUANTILE = 0.05  # a copy is nearer to a training image than all but this share of the test images
 
 PHYSICS = (
@@ -163,7 +164,7 @@ def apart(figure: dict[str, Any], splits: int) -> bool:
     if figure["value"] is None:
         return False
     limit = student_t.ppf(1 - 0.001 / 2, max(splits - 1, 1)) * math.hypot(figure["value_std"], figure["floor_std"])
-    return abs(figure["value"] - figure["floor"]) > limit
+    return abs(figure["value"] - figure["floor"]) > max(limit, _ROUNDING)
 
 
 def _summary(name: str, part: str, values: list[dict], floors: list[dict], count: int) -> dict[str, Any]:

@@ -7,7 +7,9 @@ import torch
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
+_ROWS = 1024  # of a matrix of distances, held in memory at once
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
+_FLD_IMAGES = 3000  # of each sample at most, evenly from it
 _FLD_STEPS = 20  # of expectation maximization
 _FLD_LEAST_VARIANCE = 1e-4  # of unit-variance features: a Gaussian on a copied image stays this wide
 
@@ -40,10 +42,13 @@ def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     if len(b) != n:
         raise ValueError("kernel_distance takes two samples of one size")
     a, b = a.double(), b.double()
-    cross = (a @ b.T / d + 1) ** 3
-    h = (a @ a.T / d + 1) ** 3 + (b @ b.T / d + 1) ** 3 - cross - cross.T
-    h.fill_diagonal_(0)
-    total, of_one = h.sum(), h.sum(1)
+
+    def row_sums(x: Tensor, y: Tensor) -> Tensor:  # without the diagonal
+        rows = [((part @ y.T / d + 1) ** 3).sum(1) for part in x.split(_ROWS)]
+        return torch.cat(rows) - ((x * y).sum(1) / d + 1) ** 3
+
+    of_one = row_sums(a, a) + row_sums(b, b) - row_sums(a, b) - row_sums(b, a)
+    total = of_one.sum()
     without_one = (total - 2 * of_one) / ((n - 1) * (n - 2))
     error = ((n - 1) / n * (without_one - without_one.mean()).square().sum()).sqrt()
     return (total / (n * (n - 1))).item(), error.item()
@@ -56,16 +61,26 @@ def precision_recall_density_coverage(real: Tensor, other: Tensor, k: int = NEIG
     (arXiv:2002.09797, Eq. 4-5). A neighbourhood reaches to the k-th nearest image of the same sample.
     """
     k = min(k, len(real) - 1, len(other) - 1)
-    real_reach = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest is the image itself
-    other_reach = torch.cdist(other, other).kthvalue(k + 1, dim=1).values
-    distance = torch.cdist(real, other)
-    within_real = distance <= real_reach[:, None]
+    real_reach, other_reach = _reach(real, k), _reach(other, k)
+    near, recalled = torch.full_like(real_reach, math.inf), torch.zeros(len(real), dtype=torch.bool)
+    counts = []  # neighbourhoods of real images that each other image lies in
+    for part, reach in zip(other.split(_ROWS), other_reach.split(_ROWS), strict=True):
+        distance = torch.cdist(real, part)
+        counts.append((distance <= real_reach[:, None]).sum(0))
+        recalled |= (distance <= reach).any(1)
+        near = torch.minimum(near, distance.amin(1))
+    count = torch.cat(counts).double()
     return {
-        "precision": within_real.any(0).double().mean().item(),
-        "recall": (distance <= other_reach).any(1).double().mean().item(),
-        "density": within_real.double().sum(0).mean().item() / k,
-        "coverage": (distance.amin(1) <= real_reach).double().mean().item(),
+        "precision": (count > 0).double().mean().item(),
+        "recall": recalled.double().mean().item(),
+        "density": count.mean().item() / k,
+        "coverage": (near <= real_reach).double().mean().item(),
     }
+
+
+def _reach(x: Tensor, k: int) -> Tensor:
+    """Distance of each of (n, d) to the k-th nearest other one."""
+    return torch.cat([torch.cdist(part, x).kthvalue(k + 1, dim=1).values for part in x.split(_ROWS)])  # 1 is itself
 
 
 def feature_likelihood_divergence(train: Tensor, test: Tensor, other: Tensor) -> tuple[float, float]:
@@ -76,7 +91,9 @@ def feature_likelihood_divergence(train: Tensor, test: Tensor, other: Tensor) ->
     ``other``. The gap is 100 times that of the training images less that of the test images: far below zero when
     ``other`` holds copies of training images, whose Gaussians shrink onto them.
     """
-    mean, spread = test.mean(0), test.std(0).clamp_min(1e-6)
+    train, test, other = (x[:: -(-len(x) // _FLD_IMAGES)] for x in (train, test, other))
+    mean, spread = test.mean(0), test.std(0)
+    spread = spread.clamp_min(0.01 * spread.mean())  # of a feature that is nearly constant, or dead
     train, test, other = ((x - mean) / spread for x in (train, test, other))
     of_train, of_test = _negative_log_likelihood(other, train, [train, test])
     half = len(train) // 2

@@ -52,11 +52,17 @@ def test_a_rotated_covariance_is_not_taken_for_a_diagonal_one():
     assert metrics.frechet_distance(a, a @ turn.T) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.fixture(params=[2, 1024])
+def rows_at_once(request, monkeypatch):
+    """A few rows of a matrix at a time must give what all at once give."""
+    monkeypatch.setattr(metrics, "_ROWS", request.param)
+
+
 def kernel(x, y):
     return (sum(p * q for p, q in zip(x, y, strict=True)) / len(x) + 1) ** 3
 
 
-def test_kernel_distance_is_the_unbiased_estimate_written_out():
+def test_kernel_distance_is_the_unbiased_estimate_written_out(rows_at_once):
     a, b = np.random.default_rng(0).normal(size=(2, 7, 4))
     pairs = [(i, j) for i in range(7) for j in range(7) if i != j]
 
@@ -94,7 +100,7 @@ def by_hand(real, other, k):
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_precision_recall_density_coverage_of_points_on_a_line(k):
+def test_precision_recall_density_coverage_of_points_on_a_line(k, rows_at_once):
     real, other = [0.0, 1.0, 2.1, 3.3, 10.0], [0.4, 0.6, 5.0, 40.0]
     column = lambda points: torch.tensor(points, dtype=torch.float64)[:, None]  # noqa: E731
     found = metrics.precision_recall_density_coverage(column(real), column(other), k)
