@@ -33,7 +33,7 @@ SEED = 0  # Of the splits and of what is done to the images
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
 # What is done to (n, 64, 64) images of the validation part, class by class, in order of CLASSES
-BROKEN: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
+_BROKEN: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "real": lambda images, rng: images,
     "one_image": lambda images, rng: np.repeat(images[:1], len(images), axis=0),
     "blurred": lambda images, rng: gaussian_filter(images, (0, 1, 1)),
@@ -43,7 +43,7 @@ BROKEN: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     ),
 }
 # And two that are not made image by image: training images returned, and classes given each other's images
-COPIES, SWAPPED = "copies", "swapped"
+_COPIES, _SWAPPED = "copies", "swapped"
 
 
 def main() -> None:
@@ -82,9 +82,9 @@ def write_broken(output: Path, train: NpyDataset, val: NpyDataset, count: int, s
         dataset.read(first_of_each_class(dataset.labels, n)).numpy()[:, 0].reshape(len(CLASSES), -1, 64, 64)
         for dataset, n in ((val, count), (train, fewest(train)))
     )
-    sets = {name: np.stack([change(images, rng) for images in real]) for name, change in BROKEN.items()}
-    sets[COPIES] = np.stack([rng.choice(images, count, replace=False) for images in of_train])
-    sets[SWAPPED] = np.roll(real, 1, axis=0)
+    sets = {name: np.stack([change(images, rng) for images in real]) for name, change in _BROKEN.items()}
+    sets[_COPIES] = np.stack([rng.choice(images, count, replace=False) for images in of_train])
+    sets[_SWAPPED] = np.roll(real, 1, axis=0)
     for name, images in sets.items():
         shutil.rmtree(output / name, ignore_errors=True)
         for label, of_class in zip(CLASSES, images, strict=True):

@@ -14,7 +14,7 @@ from lenstronomy.Util.param_util import transform_e1e2_product_average
 from torch import Tensor
 
 from dataset import normalize
-from simulate.simulate_lenses import SOURCE, psf_matrix, source_plane
+from simulate.simulate_lenses import psf_matrix, source_light, source_plane
 
 _BOX, _SPACING = 0.45, 0.03  # arcsec; sources of the recipe lie within +-0.35, a generator may overshoot
 _STEPS = 6  # of Gauss-Newton; three are enough on a smooth lens
@@ -26,7 +26,8 @@ class _SmoothLens:
     """Model images of the smooth lens, each scaled to [0, 1] as the data are."""
 
     def __init__(self) -> None:
-        e1, e2, radius, index = (SOURCE[key] for key in ("e1", "e2", "R_sersic", "n_sersic"))
+        source = source_light()
+        e1, e2, radius, index = (source[key] for key in ("e1", "e2", "R_sersic", "n_sersic"))
 
         def circular(xy: np.ndarray) -> np.ndarray:  # linear coordinates (2, ...) in which the source is round
             return np.stack(transform_e1e2_product_average(*xy, e1, e2, 0.0, 0.0))

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 HELD_OUT = 0.5  # share of the images that only test the network
 _STEPS, _EPOCHS = 200, 40  # of training: whichever is less
@@ -49,7 +48,7 @@ def told_apart(
         answers = torch.arange(2).repeat_interleave(len(index))
         return logits.gather(1, labels[index].repeat(2)[:, None])[:, 0], answers
 
-    for index in tqdm(batches, "telling apart", unit="step", leave=False):
+    for index in batches:
         logits, answers = logits_and_answers(index)
         loss = F.binary_cross_entropy_with_logits(logits, answers.float())
         optimizer.zero_grad()

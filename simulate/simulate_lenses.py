@@ -45,7 +45,6 @@ _HALO_MASS = 1e12  # solar masses, like all masses here
 _VORTEX_MASS, _VORTEX_POINTS = 3e10, 100
 _SUBHALO_COUNT, _SUBHALO_MASSES, _SUBHALO_SLOPE, _SUBHALO_RADII = 25, (1e6, 1e10), -0.9, (0.25, 2.0)  # radii in arcsec
 _SOURCE_BOX = 0.35  # the source lies within +-0.35" on each axis
-SOURCE = {"magnitude": 20, "R_sersic": 0.25, "n_sersic": 1, "e1": -0.1, "e2": 0.1}  # as lenstronomy's SERSIC_ELLIPSE
 
 
 def main() -> None:
@@ -170,7 +169,8 @@ def render(
     lens = smooth_lens(halo_theta_e)
     lens += [{"theta_E": t, "center_x": x, "center_y": y} for t, (x, y) in zip(theta_e, positions, strict=True)]
     x, y = source_xy
-    _, source_amplitude, _ = simulator.magnitude2amplitude(kwargs_source_mag=[SOURCE | {"center_x": x, "center_y": y}])
+    source = source_light() | {"center_x": x, "center_y": y}
+    _, source_amplitude, _ = simulator.magnitude2amplitude(kwargs_source_mag=[source])
     return 2 * image_model.image(lens, source_amplitude)  # twice, as the published files are
 
 
@@ -181,6 +181,11 @@ def smooth_lens(halo_theta_e: float | None = None) -> list[dict[str, float]]:
         {"theta_E": halo_theta_e, "e1": 0.1, "e2": 0.0, "center_x": 0.0, "center_y": 0.0},
         {"gamma1": 0.05, "gamma2": 0.0},
     ]
+
+
+def source_light() -> dict[str, float]:
+    """The source but for its position, as lenstronomy's SERSIC_ELLIPSE takes it."""
+    return {"magnitude": 20, "R_sersic": 0.25, "n_sersic": 1, "e1": -0.1, "e2": 0.1}
 
 
 def source_plane() -> np.ndarray:

@@ -38,6 +38,11 @@ def fires(figure):
     return abs(figure["value"] - figure["floor"]) > 3 * figure["floor_std"]
 
 
+def one_or_two_images(figure):
+    """No farther from the floor than one or two images take a share; its spread can be zero, of so few."""
+    return abs(figure["value"] - figure["floor"]) <= 2 / COUNT
+
+
 # figure and part that must fire, by what is broken
 CAUGHT = {
     "copies": [("fld_gap", "overall"), ("copy_share", "overall"), ("copy_share", "no_sub")],
@@ -76,16 +81,16 @@ def test_values_are_on_the_right_side(figures):
 @pytest.mark.parametrize("name", ["frechet_lens", "kid_lens", "precision", "recall", "coverage", "lens_residual"])
 def test_what_cannot_show_the_failure_stays_silent(figures, name):
     """Copies are real images, and swapped classes are the right images overall: that takes the figures above."""
-    assert not fires(figures["copies"][name]["overall"])
-    assert not fires(figures["swapped"][name]["overall"])
+    for broken in ("copies", "swapped"):
+        figure = figures[broken][name]["overall"]
+        assert not fires(figure) or one_or_two_images(figure), figure
 
 
 @pytest.mark.parametrize("name", [name for name in TITLES if name != "fid_inception"])
 def test_real_images_stay_at_the_floor(figures, name):
     for part in ("overall", *CLASSES):
         figure = figures["real"][name][part]
-        one_or_two_images = abs(figure["value"] - figure["floor"]) <= 2 / COUNT  # of so few, a share has no finer steps
-        assert one_or_two_images or not apart(figure, SPLITS), figure
+        assert not apart(figure, SPLITS) or one_or_two_images(figure), figure
 
 
 def test_halves_have_no_common_image_and_the_same_number_of_each_class():

@@ -11,7 +11,9 @@ from conftest import ROOT
 
 import settings
 
-SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/[a-z]*_*.py") if "tests" not in path.parts)
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT)) for path in ROOT.glob("*/*.py") if "\n    settings.run(" in path.read_text()
+)
 
 
 @pytest.fixture
@@ -131,8 +133,9 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
         settings.pick_device("cuda")
 
 
-def test_the_scripts_are_the_five_that_the_readme_names():
+def test_the_scripts_are_those_that_the_readme_names():
     assert SCRIPTS == [
+        "evaluate/check_metrics.py",
         "evaluate/evaluate_classify.py",
         "evaluate/evaluate_fld.py",
         "simulate/simulate_lenses.py",
