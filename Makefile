@@ -1,5 +1,6 @@
 # make demo   installs into .venv, simulates lenses, trains the small generator and the classifier, generates, evaluates;
-#             ends with demo/lenses.png, demo/evaluation/report.html and a table of scores. Run it again to go on where it was stopped.
+#             ends with demo/lenses.png, demo/evaluation/report.html and a table of scores. Run it again to go on where
+#             it was stopped.
 # make test   installs into .venv and runs every test.
 # make lint   checks style and format.
 
