@@ -99,8 +99,10 @@ def histograms(panels: dict[str, dict[str, np.ndarray]], xlabel: str) -> Figure:
         low, high = (reduce(np.concatenate(list(samples.values()))) for reduce in (np.min, np.max))
         edges = np.geomspace(max(low, 1e-9), max(high, 2e-9), 41)
         for name, values in samples.items():
-            axis.hist(values.clip(edges[0], edges[-1]), edges, histtype="step", linewidth=1.5, label=name)
-        axis.set(title=title, xlabel=xlabel, ylabel="images", xscale="log")
+            share = np.full(len(values), 1 / len(values))
+            within = values.clip(edges[0], edges[-1])
+            axis.hist(within, edges, weights=share, histtype="step", linewidth=1.5, label=name)
+        axis.set(title=title, xlabel=xlabel, ylabel="share of images", xscale="log")
         axis.grid(alpha=0.3)
     axis.legend()
     return figure

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
 from dataset import CLASSES, NpyDataset
 from evaluate.figures import PARTS, TITLES, Reference, apart, first_of_each_class
-from evaluate.report import with_floor
+from evaluate.report import with_spread
 from models.classifier import load_classifier
 
 DATA_DIR = "data"  # Folder with axion/, cdm/ and no_sub/
@@ -64,9 +64,9 @@ def main() -> None:
         for figure, title in TITLES.items():
             cells = [figures[figure][part] for figures in found.values()]
             if cells[0]["value"] is not None:
-                row = [with_floor(figure, cell, "value") for cell in cells]
+                row = [with_spread(figure, cell, "value") for cell in cells]
                 row = [f"**{text}**" if apart(c, NUM_SPLITS) else text for text, c in zip(row, cells, strict=True)]
-                print(f"| {title} | {with_floor(figure, cells[0], 'floor')} | {' | '.join(row)} |")
+                print(f"| {title} | {with_spread(figure, cells[0], 'floor')} | {' | '.join(row)} |")
         print()
 
 

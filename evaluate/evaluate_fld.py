@@ -9,7 +9,6 @@ REPORT_DIR/report.html, and prints a table. In a notebook:
 ``from evaluate.evaluate_fld import load_model, generate_image``.
 """
 
-import hashlib
 import json
 import re
 import socket
@@ -172,7 +171,7 @@ def images_to_score(folder: str, checkpoint: str | None, count: int) -> tuple[Np
     model = load_model(checkpoint, DEVICE)
     source = {
         "checkpoint": str(checkpoint),
-        "sha256": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+        "sha256": report.sha256(checkpoint),
         "ode_steps": NUM_ODE_STEPS,
         "cfg_scale": CFG_SCALE,
         "seed": SEED,

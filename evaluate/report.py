@@ -1,6 +1,7 @@
 """The scores as a table on the terminal, as report.json and as report.html, one page with every picture in it."""
 
 import base64
+import hashlib
 import html
 import io
 import json
@@ -35,8 +36,10 @@ def print_table(sample: Sample, count: int) -> None:
             continue
         space = f" ({title.split(', ')[1]})" if name in DISTANCES else ""
         rows.append((title, [_number(name, x["value"]) for x in of_parts]))
+        if "interval" in of_parts[0]:
+            rows.append(("  95% interval", [_interval(x) for x in of_parts]))
         floor = "  classifier accuracy, real" if name == "class_accuracy" else f"  floor: real against real{space}"
-        rows.append((floor, [with_floor(name, x, "floor") for x in of_parts]))
+        rows.append((floor, [with_spread(name, x, "floor") for x in of_parts]))
         if name in DISTANCES:
             rows.append((f"  ratio to the floor{space}", [_number(name, ratio(x)) for x in of_parts]))
     width = max(len(row[0]) for row in rows)
@@ -73,6 +76,7 @@ def write_json(path: Path, settings: dict[str, Any], samples: list[Sample], refe
             "real_per_class": 2 * reference.count,
             "training_images": len(reference.train),
         },
+        "classifier_sha256": sha256(settings["CLASSIFIER_PATH"]),
         "source": samples[0].source,
         "figures": samples[0].figures,
         "lens_fit": {sample.name: _lens_fit(sample) for sample in (reference.sample, *samples)},
@@ -81,6 +85,11 @@ def write_json(path: Path, settings: dict[str, Any], samples: list[Sample], refe
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def sha256(path: str | Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _lens_fit(sample: Sample) -> dict[str, dict[str, float]]:
@@ -118,7 +127,8 @@ def write_html(path: Path, settings: dict[str, Any], samples: list[Sample], refe
         _section(
             "Lens equation",
             "What the smooth lens of the recipe that fits best leaves over, in units of the peak. For no_sub it is the "
-            "error of the generator; for axion and cdm the signal of the substructure, whose distribution must match.",
+            "error of the generator; for axion and cdm the signal of the substructure, whose distribution must match. "
+            f"Images that no smooth lens explains: {', '.join(map(_unexplained, everyone))}.",
             plots.histograms(
                 {
                     name: {sample.name: _of_class(sample, "lens_residual", label) for sample in everyone}
@@ -158,23 +168,29 @@ def _scores(samples: list[Sample], splits: int) -> str:
         head += "<tr><th></th>" + "".join(f"<th>{html.escape(s.name)}</th>" for s in samples) * len(PARTS) + "</tr>"
     rows = []
     for name, title in TITLES.items():
+        if all(sample.figures[name]["overall"]["value"] is None for sample in samples):
+            continue
         values, floors = "", ""
         for part in PARTS:
             for figure in (sample.figures[name][part] for sample in samples):
                 verdict = "apart" if apart(figure, splits) else ""
-                values += f'<td class="{verdict}">{with_floor(name, figure, "value")}</td>'
-            floors += f'<td colspan="{len(samples)}">{with_floor(name, samples[0].figures[name][part], "floor")}</td>'
+                values += f'<td class="{verdict}">{with_spread(name, figure, "value")}</td>'
+            floors += f'<td colspan="{len(samples)}">{with_spread(name, samples[0].figures[name][part], "floor")}</td>'
         rows.append(f'<tr><th>{title}</th>{values}</tr><tr class="floor"><th>floor</th>{floors}</tr>')
     return (
-        "<h2>Scores</h2><p>Means and standard deviations over random splits of the real test images. The floor is the "
+        "<h2>Scores</h2><p>Means and standard deviations over random splits of the real test images, in brackets 95% "
+        "intervals. The floor is the "
         "same figure of real images against real images, in the same numbers. Coloured: farther from "
         f"the floor than chance takes one figure in a thousand.</p><table>{head}{''.join(rows)}</table>"
     )
 
 
-def with_floor(name: str, figure: dict[str, Any], key: str) -> str:
+def with_spread(name: str, figure: dict[str, Any], key: str) -> str:
+    """The "value" or "floor" of a figure with its 95% interval, where it has one, or else its standard deviation."""
     if figure[key] is None:
         return "–"
+    if key == "value" and "interval" in figure:
+        return f"{_number(name, figure[key])} ({_interval(figure)})"
     return f"{_number(name, figure[key])} ± {_number(name, figure[f'{key}_std'], 2)}"
 
 
@@ -189,8 +205,17 @@ def _confusion(sample: Sample) -> np.ndarray:
     return torch.bincount(sample.measured["label"] * 3 + called, minlength=9).view(3, 3).numpy()
 
 
+def _interval(figure: dict[str, Any]) -> str:
+    low, high = figure["interval"]
+    return f"{low:.1%} to {high:.1%}"
+
+
 def _number(name: str, value: float, digits: int = 3) -> str:
     return f"{value:.1%}" if name in SHARES else f"{value:.{digits}g}"
+
+
+def _unexplained(sample: Sample) -> str:
+    return f"{(~sample.measured['explained']).double().mean():.1%} of {sample.name}"
 
 
 def _accuracy(sample: Sample) -> str:
