@@ -52,6 +52,7 @@ BATCH_SIZE = 128  # Images at once; reduce when memory runs out
 SEED = 0  # Image k of a seed is always the same
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
+_CLASS_STRIDE = 10**9  # images of a class are numbered from here, so that each starts from noise of its own
 _MARKER = "generated_by.json"  # in a folder of images made here
 
 
@@ -183,8 +184,8 @@ def images_to_score(folder: str, checkpoint: str | None, count: int) -> tuple[Np
 def generate_to_folder(model: NanoDiT, folder: Path, count: int, source: dict[str, Any]) -> None:
     """Writes {class}/{i}.npy, (64, 64) float32 in [0, 1], and how they were made; goes on where it was stopped.
 
-    Image i of a class is that of ``generate_image`` with the same seed. Images of another checkpoint or other settings
-    in the folder are replaced.
+    No two images start from the same noise, and image i of a class and seed is always the same. Images of another
+    checkpoint or other settings in the folder are replaced.
     """
     marker = folder / _MARKER
     if not marker.exists() or json.loads(marker.read_text()) != source:
@@ -202,7 +203,8 @@ def generate_to_folder(model: NanoDiT, folder: Path, count: int, source: dict[st
                 files = [folder / name / f"{i}.npy" for i in range(first, min(first + BATCH_SIZE, count))]
                 if not all(file.exists() for file in files):
                     labels = torch.full((len(files),), label)
-                    images = generate(model, labels, steps, scale, source["seed"], BATCH_SIZE, first)
+                    number = label * _CLASS_STRIDE + first
+                    images = generate(model, labels, steps, scale, source["seed"], BATCH_SIZE, number)
                     for file, image in zip(files, images, strict=True):
                         np.save(file, image[0].numpy())
                 bar.update(len(files))

@@ -107,11 +107,13 @@ def test_without_inception_weights_and_network_the_rest_is_computed(flags, tmp_p
     assert image.dtype == np.float32
 
 
-def test_generated_files_are_the_images_of_the_notebook_and_of_one_checkpoint(flags, model, tmp_path):
+def test_generated_files_are_the_images_of_one_checkpoint_and_each_of_its_own_noise(flags, model, tmp_path):
     """Another number of steps replaces them all; the same settings leave them, and make only what is missing."""
     folder = tmp_path / "generated_npy"
     run_script("evaluate/evaluate_fld.py", *flags)
-    np.testing.assert_allclose(np.load(folder / "cdm" / "2.npy"), generate_image(model, 1, 2, 1.0, 3)[2, 0], atol=1e-5)
+    cdm, axion = np.load(folder / "cdm" / "2.npy"), np.load(folder / "axion" / "2.npy")
+    np.testing.assert_allclose(axion, generate_image(model, 0, 2, 1.0, 3)[2, 0], atol=1e-5)
+    assert np.abs(cdm - generate_image(model, 1, 2, 1.0, 3)[2, 0].numpy()).max() > 1e-3
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*/*.npy")}
     (folder / "no_sub" / "0.npy").unlink()
     run_script("evaluate/evaluate_fld.py", *flags)
