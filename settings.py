@@ -38,6 +38,8 @@ def run(main: Callable[[], None], script: dict[str, Any], required: tuple[str, .
         main()
     except InputError as error:
         stop(str(error))
+    except OSError as error:  # a full disk, a folder that must not be written to
+        stop(f"{error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
         stop("stopped", 130)
 

@@ -49,6 +49,8 @@ _COPIES, _SWAPPED = "copies", "swapped"
 def main() -> None:
     train, val, test = (NpyDataset(DATA_DIR, None, part) for part in ("train", "val", "test"))
     count = min(IMAGES_PER_CLASS, fewest(test) // 2, fewest(val), fewest(train))
+    if NUM_SPLITS < 2:
+        raise settings.InputError("--num_splits must be 2 or more: one split has no spread")
     if count < 3:
         raise settings.InputError(f"{DATA_DIR}: too few images of a class; add images")
     classifier = load_classifier(CLASSIFIER_PATH, settings.pick_device(DEVICE))

@@ -58,12 +58,16 @@ _MARKER = "generated_by.json"  # in a folder of images made here
 
 def main() -> None:
     device = settings.pick_device(DEVICE)
-    folder = REAL_DIR or DATA_DIR
-    real, train = (NpyDataset(folder, None, part, ON_BAD_FILE) for part in ("test", "train"))
+    data = REAL_DIR or DATA_DIR
+    real, train = (NpyDataset(data, None, part, ON_BAD_FILE) for part in ("test", "train"))
     classifier = load_classifier(CLASSIFIER_PATH, device)
     count = min(IMAGES_PER_CLASS, int(torch.bincount(real.labels, minlength=len(CLASSES)).min()) // 2)
     if count < 3:
-        raise InputError(f"{folder}: fewer than 6 test images of a class, or --images_per_class below 3")
+        raise InputError(f"{data}: fewer than 6 test images of a class, or --images_per_class below 3")
+    if NUM_SPLITS < 2:
+        raise InputError("--num_splits must be 2 or more: one split has no spread")
+    for folder in (Path(REPORT_DIR), Path(FIGURE_PATH).parent):  # now, not after minutes of work
+        folder.mkdir(parents=True, exist_ok=True)
     samples = [images_to_score(GENERATED_DIR, CHECKPOINT_PATH, count)]
     if COMPARE_PATH is not None:
         of_checkpoint = f"{GENERATED_DIR.rstrip('/')}_compared"

@@ -241,6 +241,23 @@ def test_a_bad_inception_file_is_one_line_and_runs_nothing(tmp_path, monkeypatch
     assert not (tmp_path / "bombed").exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        (["--num_splits", 1], "--num_splits must be 2 or more"),
+        (["--images_per_class", 2], "--images_per_class below 3"),
+        (["--report_dir", "/proc/report"], "/proc/report: "),
+        (["--compare_path", "nowhere.pt"], "nowhere.pt: cannot be read"),
+        (["--real_dir", "nowhere"], "nowhere: no folder axion"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(flags, capsys, wrong, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        run_script("evaluate/evaluate_fld.py", *flags, *wrong)
+    assert stopped.value.code == 1
+    assert complaint in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_a_missing_checkpoint_is_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_script("evaluate/evaluate_fld.py", *flags, "--checkpoint_path", "nowhere.pt")

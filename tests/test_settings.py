@@ -115,6 +115,17 @@ def test_a_mistake_in_the_data_ends_a_script_with_one_line(script, capsys, monke
     assert capsys.readouterr().err == "data/axion/0.npy: is empty\n"
 
 
+def test_a_place_that_cannot_be_written_to_ends_a_script_with_one_line(script, capsys, monkeypatch, tmp_path):
+    def main():
+        (tmp_path / "script.py" / "report").mkdir()
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as stopped:
+        settings.run(main, script)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == f"{tmp_path / 'script.py' / 'report'}: Not a directory\n"
+
+
 def test_ctrl_c_ends_a_script_with_one_line(script, capsys, monkeypatch):
     def main():
         raise KeyboardInterrupt
