@@ -76,14 +76,13 @@ def main() -> None:
     count = min(count, *(int(torch.bincount(dataset.labels, minlength=len(CLASSES)).min()) for dataset, _ in samples))
     if count < 3:
         raise InputError("fewer than 3 images of a class to score; add images")
-    features = classifier.fc.in_features
-    if count <= features:
-        print(
-            f"{count} images of a class are too few for the covariance of {features} features: Fréchet distances are "
-            "too high, and mean something only beside their floor"
-        )
-
     inception = load_inception(device)
+    for space, features in {"lens": classifier.fc.in_features, "Inception": 2048 if inception else 0}.items():
+        if count <= features:
+            print(
+                f"{count} images of a class are too few for the covariance of {features} features: Fréchet distances "
+                f"in {space} features are too high, and mean something only beside their floor"
+            )
     reference = Reference(real, train, count, classifier, inception, BATCH_SIZE)
     names = [dataset.root_dir.name for dataset, _ in samples]
     if len(set(names)) < len(names):

@@ -15,8 +15,8 @@ from evaluate.measure import Measured, Sample, find_nearest, measure, measure_ca
 from evaluate.two_sample import HELD_OUT, told_apart
 
 PARTS = ("overall", *CLASSES)
-_ROUNDING = 1e-5  # of residuals in float32, where the lens equation is obeyed exactly
 COPY_QUANTILE = 0.05  # a copy is nearer to a training image than all but this share of the test images
+_ROUNDING = 1e-5  # of residuals in float32, where the lens equation is obeyed exactly
 
 PHYSICS = (
     *("ring_radius", "ring_width", *(f"power_{band}" for band in physics.BANDS), "ellipticity", "ellipticity_angle"),

@@ -37,6 +37,7 @@ class Sample:
 _VERSION = 1  # of the cache; change it when what is measured changes
 
 
+@torch.no_grad()
 def measure(
     dataset: NpyDataset, index: Tensor, classifier: nn.Module, inception: nn.Module | None = None, batch_size: int = 128
 ) -> Measured:
