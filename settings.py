@@ -13,6 +13,7 @@ as a flag mean "from the current folder".
 import argparse
 import math
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parent
-MAY_BE_ZERO = {"SEED", "NUM_WORKERS", "WARMUP_EPOCHS"}  # other whole numbers count something there must be one of
+# Other whole numbers count something there must be one of
+MAY_BE_ZERO = {"SEED", "NUM_WORKERS", "WARMUP_EPOCHS", "CHECKPOINT_SAVE_STEPS"}
 PATH_ENDINGS = ("_DIR", "_PATH")
 
 
@@ -79,6 +81,23 @@ def constants(script: dict[str, Any]) -> dict[str, Any]:
     """The constants of a script that are flags, by name."""
     plain = bool | int | float | str | None
     return {k: v for k, v in script.items() if re.fullmatch(r"[A-Z][A-Z0-9_]*", k) and isinstance(v, plain)}
+
+
+def stop_on_signal() -> Callable[[], bool]:
+    """Lets a loop finish its step on Ctrl-C or SIGTERM, which is how SLURM ends a job; the second one ends at once.
+
+    Returns:
+        A function that says whether a signal has come.
+    """
+    received = []
+
+    def receive(number: int, frame: object) -> None:
+        received.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    return lambda: bool(received)
 
 
 def pick_device(name: str) -> "torch.device":

@@ -5,6 +5,8 @@ Files of the published code, without a configuration and with NumPy scalars amon
 run code: everything is read with ``weights_only=True``.
 """
 
+import hashlib
+import io
 import os
 import pickle
 from pathlib import Path
@@ -30,12 +32,48 @@ _NUMPY_SCALAR = [
 
 
 def save_checkpoint(path: str | Path, **content: Any) -> None:
-    """Writes a checkpoint; the file appears whole or not at all."""
+    """Writes a checkpoint with its checksum; the file appears whole and on the disk, or not at all.
+
+    Raises:
+        OSError: when it cannot be written; an older file of that name is still there.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    torch.save(content, part)
-    os.replace(part, path)
+    packed = io.BytesIO()
+    torch.save(content | {"checksum": checksum(content)}, packed)
+    try:
+        with open(part, "wb") as file:
+            file.write(packed.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
+
+
+def checksum(content: Any) -> str:
+    """Of everything in a checkpoint, in hexadecimal; a bit that has changed on the disk changes it."""
+    digest = hashlib.blake2b(digest_size=16)
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                add(key)
+                add(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    add(content)
+    return digest.hexdigest()
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -54,6 +92,9 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise InputError(f"{path}: not a checkpoint, a damaged one, or one that asks to run code: refused") from None
     if not isinstance(content, dict) or "model_state_dict" not in content:
         raise InputError(f"{path}: not a checkpoint: no 'model_state_dict' in it")
+    expected = content.pop("checksum", None)  # the published checkpoints have none
+    if expected is not None and checksum(content) != expected:
+        raise InputError(f"{path}: damaged: its checksum does not match its content")
     return content
 
 

@@ -59,6 +59,8 @@ NUM_ODE_STEPS = 50  # Euler steps of the samples
 NUM_SAMPLES_PER_CLASS = 4  # Samples of each class in a grid
 SAMPLE_INTERVAL = 10  # Epochs between sample grids
 CHECKPOINT_SAVE_INTERVAL = 10  # Epochs between checkpoints
+CHECKPOINT_SAVE_STEPS = 1000  # Steps between checkpoints within an epoch, of which the newest is kept; 0 for none
+RESUME: Literal["auto", "never"] = "auto"  # "auto" goes on from the newest whole checkpoint, "never" starts anew
 
 AMP_DTYPE: Literal[None, "float16", "bfloat16"] = None  # "bfloat16" on a recent GPU, "float16" on an older one
 COMPILE = False  # True compiles the network first: for long runs on a GPU
@@ -95,15 +97,40 @@ def main() -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=AMP_DTYPE == "float16")
     amp = torch.autocast(device.type, getattr(torch, AMP_DTYPE)) if AMP_DTYPE else nullcontext()
     t_floor = flow.T_FLOOR if model.prediction == "image" else 0.0
-    history = resume(output, model, ema, optimizer, scheduler, scaler, device)
+    history, done, total_loss = resume(output, model, ema, optimizer, scheduler, scaler, device)
+    stop_asked = settings.stop_on_signal()
+
+    def save(name: str, epoch: int, step: int) -> None:
+        """After a number of whole epochs and steps of the next one."""
+        path = output / "dit_conditional_ckpts" / f"dit_conditional_{name}.pt"
+        save_checkpoint(
+            path,
+            model_state_dict=model.state_dict(),
+            ema_state_dict=ema.state_dict(),
+            optimizer_state_dict=optimizer.state_dict(),
+            scheduler_state_dict=scheduler.state_dict(),
+            scaler_state_dict=scaler.state_dict(),
+            random_states={"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            model_config=model.config,
+            epoch=epoch,
+            step_in_epoch=step,
+            loss_in_epoch=total_loss,
+            global_step=epoch * steps_per_epoch + step,
+            history=history,
+        )
+        for old in path.parent.glob("dit_conditional_step_*.pt"):  # this one is newer
+            if old != path:
+                old.unlink()
+        tqdm.write(f"saved {path}")
 
     for epoch in range(len(history) + 1, EPOCHS + 1):
         model.train()
-        started, total_loss = time.monotonic(), torch.zeros((), device=device)
+        started, first = time.monotonic(), done
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(SEED + epoch))
-        batches = dataset.batches(BATCH_SIZE, order, drop_last=True)
-        bar = tqdm(batches, f"epoch {epoch}/{EPOCHS}", total=steps_per_epoch, unit="step", leave=False, mininterval=1)
-        for step, (x, labels) in enumerate(bar, 1):
+        batches = dataset.batches(BATCH_SIZE, order[done * BATCH_SIZE :], drop_last=True)
+        title = f"epoch {epoch}/{EPOCHS}"
+        bar = tqdm(batches, title, steps_per_epoch, initial=done, unit="step", leave=False, mininterval=1)
+        for step, (x, labels) in enumerate(bar, done + 1):
             x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             noise = torch.randn_like(x)
             t = flow.draw_times(len(x), TIME_SAMPLING, device)
@@ -121,9 +148,15 @@ def main() -> None:
             ema.update()
             total_loss += loss.detach()
             if step % 20 == 0:  # reading the loss makes a GPU wait: seldom
-                rate = step * BATCH_SIZE / (time.monotonic() - started)
+                rate = (step - first) * BATCH_SIZE / (time.monotonic() - started)
                 left = ((EPOCHS - epoch + 1) * steps_per_epoch - step) * BATCH_SIZE / rate
                 bar.set_postfix(loss=f"{total_loss.item() / step:.4f}", images_s=f"{rate:.0f}", left=_duration(left))
+            if stop_asked():
+                save(f"step_{(epoch - 1) * steps_per_epoch + step}", epoch - 1, step)
+                print("stopped; run the script again to go on")
+                return
+            if CHECKPOINT_SAVE_STEPS and step % CHECKPOINT_SAVE_STEPS == 0 and step < steps_per_epoch:
+                save(f"step_{(epoch - 1) * steps_per_epoch + step}", epoch - 1, step)
 
         history.append(
             {
@@ -131,31 +164,20 @@ def main() -> None:
                 "step": epoch * steps_per_epoch,
                 "loss": total_loss.item() / steps_per_epoch,
                 "learning_rate": scheduler.get_last_lr()[0],
-                "images_per_second": steps_per_epoch * BATCH_SIZE / (time.monotonic() - started),
+                "images_per_second": (steps_per_epoch - first) * BATCH_SIZE / (time.monotonic() - started),
             }
         )
+        done, total_loss = 0, torch.zeros((), device=device)
         if not math.isfinite(history[-1]["loss"]):
             raise InputError(f"the loss of epoch {epoch} is not finite: reduce LEARNING_RATE or MAX_GRAD_NORM")
         plots.training_curves(output, history, [["loss"], ["learning_rate"]])
         tqdm.write(f"epoch {epoch}: loss {history[-1]['loss']:.5f}, {history[-1]['images_per_second']:.0f} images/s")
         if epoch % SAMPLE_INTERVAL == 0 or epoch == EPOCHS:
             write_samples(output, epoch, ema.ema_model, device)
-        names = [f"dit_conditional_epoch_{epoch}.pt"] if epoch % CHECKPOINT_SAVE_INTERVAL == 0 else []
-        for name in names + (["dit_conditional_final.pt"] if epoch == EPOCHS else []):
-            save_checkpoint(
-                output / "dit_conditional_ckpts" / name,
-                model_state_dict=model.state_dict(),
-                ema_state_dict=ema.state_dict(),
-                optimizer_state_dict=optimizer.state_dict(),
-                scheduler_state_dict=scheduler.state_dict(),
-                scaler_state_dict=scaler.state_dict(),
-                random_states={"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-                model_config=model.config,
-                epoch=epoch,
-                global_step=epoch * steps_per_epoch,
-                history=history,
-            )
-            tqdm.write(f"saved {output / 'dit_conditional_ckpts' / name}")
+        if epoch == EPOCHS:  # before the other one, so that no run that was killed here lacks it
+            save("final", epoch, 0)
+        if epoch % CHECKPOINT_SAVE_INTERVAL == 0:
+            save(f"epoch_{epoch}", epoch, 0)
 
 
 def warmup_cosine(step: int, warmup: float, total: int) -> float:
@@ -175,13 +197,27 @@ def resume(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
     device: torch.device,
-) -> list[dict[str, float]]:
-    """Loads the newest checkpoint of the run, if there is one, into everything given; returns the history so far."""
-    found = list((output / "dit_conditional_ckpts").glob("dit_conditional_*.pt"))
-    if not found:
-        return []
-    path = max(found, key=lambda path: path.stat().st_mtime)
-    content = load_checkpoint(path, device)
+) -> tuple[list[dict[str, float]], int, torch.Tensor]:
+    """Loads the newest whole checkpoint of the run, if there is one, into everything given.
+
+    Returns:
+        The history of the epochs that are done, the steps done of the next one, and the sum of their losses.
+    """
+    start = [], 0, torch.zeros((), device=device)
+    found = (output / "dit_conditional_ckpts").glob("dit_conditional_*.pt")
+    content, problems = None, []
+    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True) if RESUME == "auto" else []:
+        try:
+            content = load_checkpoint(path, device)
+            break
+        except InputError as error:
+            problems.append(str(error))
+    if content is None and problems:
+        raise InputError("\n".join(problems) + "\nno whole checkpoint: remove them, or --resume never starts anew")
+    if content is None:
+        return start
+    for problem in problems:
+        print(f"{problem}: going on from an older one")
     if content.get("model_config") != model.config:
         raise InputError(f"{path} is of another network: choose another --output_dir for this one")
     load_weights(model, content["model_state_dict"], path)
@@ -193,8 +229,9 @@ def resume(
     if device.type == "cuda":
         torch.cuda.set_rng_state_all([state.cpu() for state in content["random_states"]["cuda"]])
     done = content["epoch"] >= EPOCHS
-    print(f"{path} is at epoch {content['epoch']}" + (f": nothing to do for {EPOCHS} epochs" if done else ", going on"))
-    return content["history"]
+    position = f"epoch {content['epoch']}" + (f", step {content['step_in_epoch']}" if content["step_in_epoch"] else "")
+    print(f"{path} is at {position}" + (f": nothing to do for {EPOCHS} epochs" if done else ", going on"))
+    return content["history"], content["step_in_epoch"], content["loss_in_epoch"]
 
 
 def write_samples(output: Path, epoch: int, model: NanoDiT, device: torch.device) -> None:
