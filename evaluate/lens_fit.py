@@ -23,7 +23,7 @@ _LEAST_EXPLAINED = 0.5  # share of an image's variance; images of all three clas
 
 
 class _SmoothLens:
-    """Model images of the smooth lens, each scaled to [0, 1] as the data are."""
+    """Model images of the smooth lens."""
 
     def __init__(self) -> None:
         source = source_light()
@@ -37,12 +37,12 @@ class _SmoothLens:
         self.radius, self.index, self.b = radius, index, float(SersicUtil().b_n(index))
         self.psf = torch.from_numpy(psf_matrix()).float()
 
-    def images(self, xy: Tensor) -> Tensor:
-        """(n, 1, 64, 64) in [0, 1] for source positions (n, 2) in arcsec."""
+    def light(self, xy: Tensor) -> Tensor:
+        """Images (n, 1, 64, 64), not scaled, for source positions (n, 2) in arcsec."""
         offset = self.rays - (xy @ self.to_circular.T)[:, :, None, None]
         distance = offset.square().sum(1).sqrt()
         brightness = torch.exp(-self.b * (distance / self.radius) ** (1 / self.index))
-        return normalize((self.psf @ brightness @ self.psf.T)[:, None])
+        return (self.psf @ brightness @ self.psf.T)[:, None]
 
 
 @cache
@@ -55,7 +55,7 @@ def _grid() -> tuple[Tensor, Tensor]:
     """Source positions (m, 2) that cover the box, and their model images (m, 4096)."""
     axis = torch.arange(-_BOX, _BOX + _SPACING / 2, _SPACING)
     xy = torch.cartesian_prod(axis, axis)
-    return xy, _smooth_lens().images(xy).flatten(1)
+    return xy, normalize(_smooth_lens().light(xy)).flatten(1)
 
 
 def fit_smooth_lens(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,16 +72,22 @@ def fit_smooth_lens(images: Tensor) -> tuple[Tensor, Tensor]:
     data = images.flatten(1)
     xy = positions[(models.square().sum(1) - 2 * data @ models.T).argmin(1)]
     shift = _DIFFERENCE * torch.eye(2)
-    model = lens.images(xy).flatten(1)
+    light = lens.light(xy)
+    model = normalize(light).flatten(1)
     scale = torch.ones(len(data), 1)
     for _ in range(_STEPS):
-        slope = torch.stack([lens.images(xy + d).flatten(1) - model for d in shift], dim=2) / _DIFFERENCE
-        step = torch.linalg.lstsq(slope, (data - model)[:, :, None]).solution[:, :, 0]
+        # The brightest pixel that both are scaled by may change with a step: leave the scale free in finding the step
+        slopes = [(lens.light(xy + d) - light).flatten(1) / _DIFFERENCE for d in shift]
+        terms = torch.stack([*slopes, light.flatten(1), torch.ones_like(data)], dim=2)
+        found = torch.linalg.lstsq(terms, data[:, :, None]).solution[:, :, 0]
+        step = (found[:, :2] / found[:, 2:3]).nan_to_num()
         trial_xy = xy + (scale * step).clamp(-2 * _SPACING, 2 * _SPACING)
-        trial = lens.images(trial_xy).flatten(1)
-        better = ((data - trial).square().sum(1) < (data - model).square().sum(1))[:, None]
-        xy, model = torch.where(better, trial_xy, xy), torch.where(better, trial, model)
-        scale = torch.where(better, scale, scale / 2)
+        trial_light = lens.light(trial_xy)
+        trial = normalize(trial_light).flatten(1)
+        better = (data - trial).square().sum(1) < (data - model).square().sum(1)
+        xy, model = torch.where(better[:, None], trial_xy, xy), torch.where(better[:, None], trial, model)
+        light = torch.where(better[:, None, None, None], trial_light, light)
+        scale = torch.where(better[:, None], scale, scale / 2)
     return xy, (data - model).view_as(images)
 
 

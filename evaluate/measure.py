@@ -34,7 +34,7 @@ class Sample:
         return self.dataset.read(self.index[index])
 
 
-_VERSION = 1  # of the cache; change it when what is measured changes
+_VERSION = 2  # of the cache; change it when what is measured changes
 
 
 @torch.no_grad()

@@ -35,23 +35,25 @@ def _mean_and_root(x: Tensor) -> tuple[Tensor, Tensor]:
 def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     """KID (Bińkowski et al. 2018, arXiv:1801.01401) of features (n, d) each, and its standard error.
 
-    The unbiased squared maximum mean discrepancy (Gretton et al. 2012, Lemma 6 with Eq. 4) of the kernel
-    (x.y / d + 1)^3; its standard error by leaving out one pair of images at a time.
+    The unbiased squared maximum mean discrepancy (Gretton et al. 2012, Eq. 3) of the kernel (x.y / d + 1)^3; its
+    standard error by leaving out one image of each sample at a time.
     """
     n, d = a.shape
     if len(b) != n:
         raise ValueError("kernel_distance takes two samples of one size")
     a, b = a.double(), b.double()
 
-    def row_sums(x: Tensor, y: Tensor) -> Tensor:  # without the diagonal
-        rows = [((part @ y.T / d + 1) ** 3).sum(1) for part in x.split(_ROWS)]
-        return torch.cat(rows) - ((x * y).sum(1) / d + 1) ** 3
+    def kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # over all y, and with the y of the same index
+        rows = torch.cat([((part @ y.T / d + 1) ** 3).sum(1) for part in x.split(_ROWS)])
+        return rows, ((x * y).sum(1) / d + 1) ** 3
 
-    of_one = row_sums(a, a) + row_sums(b, b) - row_sums(a, b) - row_sums(b, a)
-    total = of_one.sum()
-    without_one = (total - 2 * of_one) / ((n - 1) * (n - 2))
+    (of_a, self_a), (of_b, self_b) = kernel_sums(a, a), kernel_sums(b, b)
+    (of_ab, pair), (of_ba, _) = kernel_sums(a, b), kernel_sums(b, a)
+    within, across = of_a - self_a + of_b - self_b, of_ab + of_ba
+    distance = within.sum() / (n * (n - 1)) - 2 * of_ab.sum() / n**2
+    without_one = (within.sum() - 2 * within) / ((n - 1) * (n - 2)) - 2 * (of_ab.sum() - across + pair) / (n - 1) ** 2
     error = ((n - 1) / n * (without_one - without_one.mean()).square().sum()).sqrt()
-    return (total / (n * (n - 1))).item(), error.item()
+    return distance.item(), error.item()
 
 
 def precision_recall_density_coverage(real: Tensor, other: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:

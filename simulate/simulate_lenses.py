@@ -10,11 +10,11 @@ Recipe: Alexander et al. 2020 (arXiv:1909.07346) as coded in DeepLenseSim, rende
 2018, arXiv:1803.09746).
 """
 
-import multiprocessing
 import os
 import signal
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -59,8 +59,8 @@ def main() -> None:
     print(f"{len(table)} images in {folder}, {len(todo)} of them to simulate in {workers} processes")
     rows = [dict(zip(row.colnames, row, strict=True)) for row in todo]
     job = partial(simulate_to_file, folder, EINSTEIN_RADIUS_CONVENTION)
-    with multiprocessing.Pool(workers, initializer=_ignore_ctrl_c) as pool:
-        for _ in tqdm(pool.imap_unordered(job, rows, chunksize=16), total=len(rows), unit="image"):
+    with ProcessPoolExecutor(workers, initializer=_ignore_ctrl_c) as pool:  # on Ctrl-C, drops what has not begun
+        for _ in tqdm(pool.map(job, rows, chunksize=16), total=len(rows), unit="image"):
             pass
 
 
@@ -199,7 +199,8 @@ def psf_matrix() -> np.ndarray:
     """P, (64, 64), such that P @ image @ P.T is the image blurred by the telescope's Gaussian point spread function."""
     convolve = telescope(0)[1].ImageNumerics.re_size_convolve
     rows = np.repeat(np.eye(64)[:, :, None], 64, axis=2)  # image i is 1 in row i
-    return np.stack([convolve(image.ravel())[:, 0] for image in rows], axis=1)
+    matrix = np.stack([convolve(image.ravel())[:, 0] for image in rows], axis=1)
+    return matrix / matrix.sum(1, keepdims=True)  # a flat image stays as it is
 
 
 def simulate_to_file(folder: Path, convention: str, row: dict[str, Any]) -> None:
