@@ -1,5 +1,6 @@
 """The simulator gives the published code's images, and the same ones every time."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -121,7 +122,9 @@ def test_other_images_and_other_settings_are_not_mixed_in(data_copy, capsys):
 
 def test_ctrl_c_leaves_whole_files_and_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "simulate/simulate_lenses.py"), "--data_dir", str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what nohup starts ignores Ctrl-C
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stderr=pipe, stdout=pipe, start_new_session=True, preexec_fn=listen)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("*/*.npy"))) < 20 and time.monotonic() < deadline:
         time.sleep(0.05)
