@@ -1,12 +1,16 @@
 """The pictures the scripts write: image grids, training curves, confusion matrices."""
 
 import csv
+import gc
+import io
 from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from files import whole
 
 
 def image_grid(rows: dict[str, np.ndarray], title: str = "", signed: Collection[str] = ()) -> Figure:
@@ -36,11 +40,12 @@ def image_grid(rows: dict[str, np.ndarray], title: str = "", signed: Collection[
 def training_curves(folder: str | Path, history: list[dict[str, float]], panels: list[list[str]]) -> None:
     """Writes training_metrics.csv, a row an epoch, and training_metrics.png, a panel for each list of its columns."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "training_metrics.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0].keys())
-        writer.writeheader()
-        writer.writerows(history)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, history[0].keys())
+    writer.writeheader()
+    writer.writerows(history)
+    with whole(folder / "training_metrics.csv") as file:
+        file.write(table.getvalue().encode())
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
     epochs = [row["epoch"] for row in history]
@@ -110,5 +115,6 @@ def histograms(panels: dict[str, dict[str, np.ndarray]], xlabel: str) -> Figure:
 
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a figure, making its folder when there is none."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with whole(path) as file:
+        figure.savefig(file, dpi=120)
+    gc.collect()  # the parts of a figure refer to each other, and memory would grow until they are looked for

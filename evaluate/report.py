@@ -22,6 +22,7 @@ from evaluate import metrics, physics
 from evaluate.figures import DISTANCES, PARTS, SHARES, TITLES, Reference, apart
 from evaluate.lens_fit import fit_smooth_lens
 from evaluate.measure import Sample
+from files import whole
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "numpy", "lenstronomy")
 _SHOWN = 8  # images of a class in the grids
@@ -84,7 +85,8 @@ def write_json(path: Path, settings: dict[str, Any], samples: list[Sample], refe
         "compared": [{"source": sample.source, "figures": sample.figures} for sample in samples[1:]],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    with whole(path) as file:
+        file.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def sha256(path: str | Path) -> str:
@@ -158,7 +160,8 @@ def write_html(path: Path, settings: dict[str, Any], samples: list[Sample], refe
     rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in settings.items())
     sections.append(f"<h2>Settings</h2><table>{rows}</table>")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_PAGE.format(body="\n".join(sections)))
+    with whole(path) as file:
+        file.write(_PAGE.format(body="\n".join(sections)).encode())
 
 
 def _scores(samples: list[Sample], splits: int) -> str:

@@ -1,0 +1,34 @@
+"""Files that are never half there."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def whole(path: str | Path, sync: bool = False) -> Iterator[BinaryIO]:
+    """A file to write to that appears under its name whole, or not at all; its folder is made.
+
+    What a killed process leaves behind ends in ``.part``. With ``sync`` the file also outlives a crash of the machine:
+    it has its name only once it is on the disk, which takes milliseconds.
+
+    Raises:
+        OSError: with the name of the file, when it cannot be written; an older file of that name is still there.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
