@@ -10,7 +10,8 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from files import whole
 from settings import InputError
 
 CLASSES = ("axion", "cdm", "no_sub")  # alphabetical, as the published labels 0, 1, 2
@@ -78,7 +80,8 @@ class NpyDataset(Dataset):
 
     def read(self, index: Tensor | slice) -> Tensor:
         """Some of ``images``, read from the cache on disk without keeping the others in memory."""
-        return torch.from_numpy(self._packed[self._keep[index]])
+        index = self._keep[np.asarray(index) if isinstance(index, Tensor) else index]
+        return torch.from_numpy(self._packed[index])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,13 +98,14 @@ class NpyDataset(Dataset):
             self.images, self.labels = self.images.to(device), self.labels.to(device)
         return self
 
-    def batches(self, batch_size: int, order: Tensor | None = None, drop_last: bool = False) -> Iterator:
-        """Batches of images and labels, in the given order of indices; one indexing operation each."""
-        order = torch.arange(len(self)) if order is None else order
-        if drop_last:
-            order = order[: len(order) // batch_size * batch_size]
-        for index in order.to(self.labels.device).split(batch_size):
-            yield self[index]
+
+def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """All n images of an epoch in random order, in batches of at most ``batch_size``, all as large to within one.
+
+    The order depends on the seed and the epoch alone, and no image is left out or comes twice.
+    """
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))
+    return order.tensor_split(-(-n // batch_size))
 
 
 def diffusion_transforms(images: np.ndarray | Tensor) -> Tensor:
@@ -152,7 +156,10 @@ def read_image(path: str | Path) -> tuple[np.ndarray, float]:
         InputError: with the path and what is wrong with the file.
     """
     try:
-        if os.path.getsize(path) > _LARGEST_FILE:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a folder; a pipe or a device, which would never end
+            raise InputError("is not a file")
+        if status.st_size > _LARGEST_FILE:
             raise InputError(f"is larger than any {IMG_SIZE}x{IMG_SIZE} image")
         image, mass = _read_npy(Path(path).read_bytes())
         if not np.isfinite(image).all():
@@ -286,13 +293,11 @@ def _list_files(root: Path) -> list[tuple[str, int, int, int]]:
 
 def _write_cache(path: Path, packed: np.ndarray) -> None:
     """Writes the cache of a folder in place of its older ones; it appears whole or not at all."""
-    part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
+        with whole(path) as file:
             np.save(file, packed)
         for old in path.parent.glob(".lens_cache_*.npy"):
-            old.unlink(missing_ok=True)  # another script may be at the same
-        part.replace(path)
+            if old != path:
+                old.unlink(missing_ok=True)  # another script may be at the same
     except OSError as error:
-        part.unlink(missing_ok=True)
         print(f"{path} cannot be written ({error.strerror}): the files will be read again next time")

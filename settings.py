@@ -12,12 +12,16 @@ as a flag mean "from the current folder".
 
 import argparse
 import math
+import os
 import re
 import signal
 import sys
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
+
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent
 # Other whole numbers count something there must be one of
 MAY_BE_ZERO = {"SEED", "NUM_WORKERS", "WARMUP_EPOCHS", "CHECKPOINT_SAVE_STEPS"}
+# More would never end
+AT_MOST = {"NUM_ODE_STEPS": 10_000, "EPOCHS": 1_000_000, "NUM_SPLITS": 10_000, "NUM_PER_CLASS": 10**9}
 PATH_ENDINGS = ("_DIR", "_PATH")
 
 
@@ -32,18 +38,36 @@ class InputError(Exception):
     """A mistake in what the user gave: a file, a folder or a setting. Its text is one line that says what to do."""
 
 
-def run(main: Callable[[], None], script: dict[str, Any], required: tuple[str, ...] = ()) -> None:
-    """Sets the constants of a script from the command line and runs it; a mistake of the user ends it with one line."""
+def run(
+    main: Callable[[], None], script: dict[str, Any], required: tuple[str, ...] = (), torchrun: bool = False
+) -> None:
+    """Sets the constants of a script from the command line and runs it; a mistake of the user ends it with one line.
+
+    ``torchrun`` says that the script can be spread over many processes; only the first of them speaks.
+    """
     from_flags(script, required=required)
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if many and not torchrun:
+        stop(f"{Path(script['__file__']).name} runs as one process: start it with python, not with torchrun", 2)
+    if many and os.environ["RANK"] != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    process = f"process {os.environ['RANK']}: " if many else ""
     try:
         main()
     except InputError as error:
-        stop(str(error))
+        stop(f"{process}{error}")
     except OSError as error:  # a full disk, a folder that must not be written to
-        stop(f"{error.filename or 'a file'}: {error.strerror or error}")
+        stop(f"{process}{error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
         stop("stopped", 130)
+    except (RuntimeError, MemoryError) as error:
+        if _is_out_of_memory(error):
+            stop(process + _memory_advice(script))
+        if many and re.search("gloo|NCCL|ncclRemoteError|onnection (closed|reset)", str(error)):
+            stop(f"{process}lost the other processes: the one that ended first says why")
+        raise
 
 
 def from_flags(script: dict[str, Any], argv: list[str] | None = None, required: tuple[str, ...] = ()) -> None:
@@ -84,7 +108,9 @@ def constants(script: dict[str, Any]) -> dict[str, Any]:
 
 
 def stop_on_signal() -> Callable[[], bool]:
-    """Lets a loop finish its step on Ctrl-C or SIGTERM, which is how SLURM ends a job; the second one ends at once.
+    """Lets a loop finish its step on Ctrl-C or SIGTERM, which is how SLURM ends a job; a second Ctrl-C ends at once.
+
+    Not under torchrun, which passes on the signals that its processes have had already.
 
     Returns:
         A function that says whether a signal has come.
@@ -93,10 +119,11 @@ def stop_on_signal() -> Callable[[], bool]:
 
     def receive(number: int, frame: object) -> None:
         received.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(signal.SIGINT, before)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = signal.signal(signal.SIGINT, receive)
+    signal.signal(signal.SIGTERM, receive)
     return lambda: bool(received)
 
 
@@ -158,4 +185,26 @@ def _number(name: str, text: str, kind: type) -> int | float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of 0 or more")
     if kind is int and value == 0 and name not in MAY_BE_ZERO:
         raise argparse.ArgumentTypeError("it must be 1 or more")
+    if value > AT_MOST.get(name, value):
+        raise argparse.ArgumentTypeError(f"it must be {AT_MOST[name]} or less: more would never end")
     return value
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, or of the machine as torch and NumPy report it."""
+    text = f"{type(error).__name__} {error}"
+    return isinstance(error, MemoryError) or bool(re.search("OutOfMemory|out of memory|allocate memory", text))
+
+
+def _memory_advice(script: dict[str, Any]) -> str:
+    """What to try next."""
+    batch = script.get("BATCH_SIZE")
+    if batch is None:
+        return "out of memory: other programs may hold it"
+    if "ACCUMULATE_STEPS" in script:
+        steps = script["ACCUMULATE_STEPS"]
+        return (
+            f"out of memory with --batch_size {batch} in {steps} part{'s' if steps > 1 else ''}: try "
+            f"--accumulate_steps {2 * steps}, which keeps the batch and takes half as much"
+        )
+    return f"out of memory with --batch_size {batch}: try --batch_size {max(1, batch // 2)}"

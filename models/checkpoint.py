@@ -1,20 +1,27 @@
 """The checkpoint format: a dictionary saved by torch, with the network's own configuration inside.
 
 ``model_state_dict``, ``ema_state_dict`` (ema-pytorch's), ``model_config`` and whatever else training needs to go on.
-Files of the published code, without a configuration and with NumPy scalars among their numbers, load too. No file can
-run code: everything is read with ``weights_only=True``.
+Files of the published code, without a configuration and with NumPy scalars among their numbers, load too, and so do
+``.safetensors`` files, which hold the weights to use and how they were made. No file can run code, and none can make
+the reader allocate more than a few times its own size: see ``load_checkpoint``.
 """
 
 import hashlib
 import io
+import json
 import os
-import pickle
+import stat
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 
+from dataset import CLASSES
+from files import whole
 from models.model import NanoDiT
 from settings import InputError
 
@@ -37,21 +44,22 @@ def save_checkpoint(path: str | Path, **content: Any) -> None:
     Raises:
         OSError: when it cannot be written; an older file of that name is still there.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    packed = io.BytesIO()
+    packed = io.BytesIO()  # torch dies of a full disk without a word about it
     torch.save(content | {"checksum": checksum(content)}, packed)
-    try:
-        with open(part, "wb") as file:
-            file.write(packed.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        error.filename = str(path)
-        raise
+    with whole(path, sync=True) as file:
+        file.write(packed.getbuffer())
+
+
+def save_weights(path: str | Path, weights: dict[str, torch.Tensor], **content: Any) -> None:
+    """Writes weights as safetensors, with plain values in its metadata and a checksum of everything.
+
+    Raises:
+        OSError: when it cannot be written; an older file of that name is still there.
+    """
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    content |= {"checksum": checksum({"model_state_dict": weights, **content})}
+    with whole(path, sync=True) as file:
+        file.write(safetensors.torch.save(weights, {"format": "pt", "content": json.dumps(content)}))
 
 
 def checksum(content: Any) -> str:
@@ -63,9 +71,9 @@ def checksum(content: Any) -> str:
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(value, dict):
-            for key, item in value.items():
-                add(key)
-                add(item)
+            for key in sorted(value, key=repr):
+                digest.update(repr(key).encode())
+                add(value[key])
         elif isinstance(value, list | tuple):
             for item in value:
                 add(item)
@@ -77,39 +85,96 @@ def checksum(content: Any) -> str:
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """The content of a checkpoint.
+    """The content of a checkpoint, or of a .safetensors file in the same form.
 
     Raises:
-        InputError: for a file that is absent, is no checkpoint or holds anything but tensors and plain values.
+        InputError: for a file that is absent, is no checkpoint, is damaged or holds anything but tensors and plain
+            values.
     """
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALAR):
-            content = torch.load(path, map_location=device, weights_only=True)
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+            raise InputError(f"{path}: not a file; give the path of a checkpoint")
+        read = _read_safetensors if Path(path).suffix == ".safetensors" else _read_torch
+        content = read(path, device)
+        if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
+            raise InputError(f"{path}: not a checkpoint: no 'model_state_dict' in it")
+        if sum(value.nbytes for value in _tensors(content)) > 4 * status.st_size:  # a view can be of any size
+            raise InputError(f"{path}: refused: its tensors are larger than the file")
+        expected = content.pop("checksum", None)  # the published checkpoints have none
+        if expected is not None and checksum(content) != expected:
+            raise InputError(f"{path}: damaged: its checksum does not match its content")
+        return content
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); train it first, or give its path") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
-        # torch's own message would advise to load the file with code in it all the same
+    except Exception:  # a damaged file can raise nearly anything, and torch's own message would advise to load it
         raise InputError(f"{path}: not a checkpoint, a damaged one, or one that asks to run code: refused") from None
-    if not isinstance(content, dict) or "model_state_dict" not in content:
-        raise InputError(f"{path}: not a checkpoint: no 'model_state_dict' in it")
-    expected = content.pop("checksum", None)  # the published checkpoints have none
-    if expected is not None and checksum(content) != expected:
-        raise InputError(f"{path}: damaged: its checksum does not match its content")
-    return content
+
+
+def _read_torch(path: str | Path, device: str | torch.device) -> Any:
+    size = os.path.getsize(path)
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > size:
+            raise InputError(f"{path}: refused: it unpacks to more than its size")
+        if archive.testzip():  # torch does not look at the archive's own checksums
+            raise InputError(f"{path}: damaged: not a checkpoint any more")
+    with torch.serialization.safe_globals(_NUMPY_SCALAR):
+        return torch.load(path, map_location=device, weights_only=True)
+
+
+def _read_safetensors(path: str | Path, device: str | torch.device) -> dict[str, Any]:
+    with safetensors.safe_open(path, "pt", str(device)) as file:
+        content = json.loads(file.metadata()["content"])
+        if "checksum" not in content:
+            raise InputError(f"{path}: damaged: its checksum is gone")
+        return content | {"model_state_dict": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor inside nested dictionaries and lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def generator_weights(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights to generate with: those of the EMA, or the plain ones of a checkpoint without it."""
+    prefix = "ema_model."
+    ema = {k.removeprefix(prefix): v for k, v in content.get("ema_state_dict", {}).items() if k.startswith(prefix)}
+    return ema or content["model_state_dict"]
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
     """Puts weights into a module, names as compiled modules save them included; all must fit."""
     try:
         module.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in weights.items()})
-    except (RuntimeError, AttributeError):
+    except (RuntimeError, AttributeError, TypeError):
         raise InputError(f"{path}: its weights are of another network") from None
 
 
 def build_generator(content: dict[str, Any], path: str | Path) -> NanoDiT:
-    """The network of a checkpoint with its EMA weights, or the plain ones when it has no EMA, in evaluation mode."""
-    model = NanoDiT(**content.get("model_config", PUBLISHED_CONFIG))
-    prefix = "ema_model."
-    ema = {k.removeprefix(prefix): v for k, v in content.get("ema_state_dict", {}).items() if k.startswith(prefix)}
-    load_weights(model, ema or content["model_state_dict"], path)
+    """The network of a checkpoint with its EMA weights, or the plain ones when it has no EMA, in evaluation mode.
+
+    Raises:
+        InputError: when the configuration, the weights and the classes do not fit together.
+    """
+    config = content.get("model_config", PUBLISHED_CONFIG)
+    try:
+        weights = generator_weights(content)
+        if not 0 < config.get("depth", 1) <= len(weights):
+            raise ValueError(f"{config['depth']} blocks")
+        with torch.device("meta"):  # costs nothing, whatever sizes a file asks for
+            shapes = {name: value.shape for name, value in NanoDiT(**config).state_dict().items()}
+        if shapes != {name.removeprefix("_orig_mod."): value.shape for name, value in weights.items()}:
+            raise InputError(f"{path}: its weights are of another network")
+        model = NanoDiT(**config)
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError):
+        raise InputError(f"{path}: its configuration is not that of a NanoDiT") from None
+    if model.num_classes != len(CLASSES):
+        raise InputError(f"{path}: is of {model.num_classes} classes, not of {', '.join(CLASSES)}")
+    load_weights(model, weights, path)
     return model.eval().requires_grad_(False)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dataset import CLASSES, classifier_transforms
 from models.checkpoint import load_checkpoint, load_weights
+from settings import InputError
 
 
 def build_classifier(image_size: int) -> nn.Module:
@@ -28,7 +29,10 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> nn.
         InputError: for a file that is not a checkpoint of this classifier.
     """
     content = load_checkpoint(path, device)
-    model = build_classifier(content.get("image_size", 224))
+    image_size = content.get("image_size", 224)
+    if not isinstance(image_size, int) or not 8 <= image_size <= 1024:
+        raise InputError(f"{path}: its weights are of another network")
+    model = build_classifier(image_size)
     load_weights(model, content["model_state_dict"], path)
     return model.to(device).eval().requires_grad_(False)
 

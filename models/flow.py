@@ -41,22 +41,28 @@ def velocity_loss(velocity: Tensor, x: Tensor, noise: Tensor, t: Tensor, t_floor
     return error.mean()
 
 
-def draw_times(n: int, distribution: str, device: torch.device | str = "cpu") -> Tensor:
+def generator_of(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random stream of a training step: always the same one, wherever a run was stopped or how it is spread."""
+    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state[0] >> 1))
+
+
+def draw_times(n: int, distribution: str, random: torch.Generator) -> Tensor:
     """Times (n,) in (0, 1): "uniform", or "logit_normal", sigmoid(N(0.8, 0.8)), which sees more of the noisy side.
 
     Esser et al. 2024 (arXiv:2403.03206, Sec. 3.1), with the mean and width of arXiv:2511.13720, where t runs backwards.
     """
     if distribution == "uniform":
-        return torch.rand(n, device=device)
-    return torch.sigmoid(0.8 + 0.8 * torch.randn(n, device=device))
+        return torch.rand(n, generator=random, device=random.device)
+    return torch.sigmoid(0.8 + 0.8 * torch.randn(n, generator=random, device=random.device))
 
 
-def drop_labels(labels: Tensor, null_label: int, probability: float) -> Tensor:
+def drop_labels(labels: Tensor, null_label: int, probability: float, random: torch.Generator) -> Tensor:
     """Replaces a share of the labels by the null label, so that one network also learns the velocity of no class.
 
     Ho & Salimans 2022 (arXiv:2207.12598, Algorithm 1).
     """
-    dropped = torch.rand(len(labels), device=labels.device) < probability
+    dropped = torch.rand(len(labels), generator=random, device=random.device) < probability
     return torch.where(dropped, null_label, labels)
 
 

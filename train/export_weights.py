@@ -1,0 +1,39 @@
+"""Writes the weights of a checkpoint, those of the EMA for a generator, as one small safetensors file to share.
+
+    python train/export_weights.py --checkpoint_path C --output_path weights.safetensors
+
+The file holds the configuration of the network and how it was trained, and stands wherever a checkpoint can.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import settings
+from models.checkpoint import build_generator, load_checkpoint, save_weights
+from models.classifier import load_classifier
+from settings import InputError
+
+CHECKPOINT_PATH = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Of a generator or a classifier
+OUTPUT_PATH = "weights/nanodit.safetensors"  # The file to write
+
+_KEPT = ("epoch", "val_accuracy", "settings")  # of what else a checkpoint says
+
+
+def main() -> None:
+    if Path(OUTPUT_PATH).suffix != ".safetensors":
+        raise InputError(f"--output_path {OUTPUT_PATH}: its name must end in .safetensors")
+    content = load_checkpoint(CHECKPOINT_PATH)
+    plain = {name: content[name] for name in _KEPT if name in content}
+    if "image_size" in content:
+        network = load_classifier(CHECKPOINT_PATH)
+        plain["image_size"] = network.image_size
+    else:
+        network = build_generator(content, CHECKPOINT_PATH)
+        plain["model_config"] = network.config
+    save_weights(OUTPUT_PATH, network.state_dict(), **plain)
+    print(f"{OUTPUT_PATH}: {Path(OUTPUT_PATH).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    settings.run(main, globals())
