@@ -24,10 +24,12 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import distributed
 import settings
 from dataset import CLASSES, NpyDataset
 from evaluate import report
 from evaluate.figures import Reference
+from files import whole
 from models import flow
 from models.checkpoint import build_generator, load_checkpoint
 from models.classifier import load_classifier
@@ -57,9 +59,10 @@ _MARKER = "generated_by.json"  # in a folder of images made here
 
 
 def main() -> None:
-    device = settings.pick_device(DEVICE)
+    device = distributed.join(settings.pick_device(DEVICE))
     data = REAL_DIR or DATA_DIR
-    real, train = (NpyDataset(data, None, part, ON_BAD_FILE) for part in ("test", "train"))
+    with distributed.main_first():
+        real, train = (NpyDataset(data, None, part, ON_BAD_FILE) for part in ("test", "train"))
     classifier = load_classifier(CLASSIFIER_PATH, device)
     count = min(IMAGES_PER_CLASS, int(torch.bincount(real.labels, minlength=len(CLASSES)).min()) // 2)
     if count < 3:
@@ -76,7 +79,8 @@ def main() -> None:
     count = min(count, *(int(torch.bincount(dataset.labels, minlength=len(CLASSES)).min()) for dataset, _ in samples))
     if count < 3:
         raise InputError("fewer than 3 images of a class to score; add images")
-    inception = load_inception(device)
+    with distributed.main_first():
+        inception = load_inception(device)
     for space, features in {"lens": classifier.fc.in_features, "Inception": 2048 if inception else 0}.items():
         if count <= features:
             print(
@@ -93,6 +97,8 @@ def main() -> None:
         sample.source = source
         scored.append(sample)
         report.print_table(sample, count)
+    if not distributed.is_main():
+        return
     report.write_lenses(FIGURE_PATH, reference.sample, scored[0])
     report.write_json(Path(REPORT_DIR) / "report.json", settings.constants(globals()), scored, reference)
     report.write_html(Path(REPORT_DIR) / "report.html", settings.constants(globals()), scored, reference)
@@ -171,7 +177,8 @@ def images_to_score(folder: str, checkpoint: str | None, count: int) -> tuple[Np
     folder, marker = Path(folder), Path(folder) / _MARKER
     if not marker.exists() and any(folder.glob("*/*.npy")):
         print(f"Scoring the images of {folder}, which were not made here: nothing is generated")
-        return NpyDataset(folder, None, "all", ON_BAD_FILE), {"folder": str(folder)}
+        with distributed.main_first():
+            return NpyDataset(folder, None, "all", ON_BAD_FILE), {"folder": str(folder)}
     model = load_model(checkpoint, DEVICE)
     source = {
         "checkpoint": str(checkpoint),
@@ -181,7 +188,8 @@ def images_to_score(folder: str, checkpoint: str | None, count: int) -> tuple[Np
         "seed": SEED,
     }
     generate_to_folder(model, folder, count, source)
-    return NpyDataset(folder, None, "all", ON_BAD_FILE), source
+    with distributed.main_first():
+        return NpyDataset(folder, None, "all", ON_BAD_FILE), source
 
 
 def generate_to_folder(model: NanoDiT, folder: Path, count: int, source: dict[str, Any]) -> None:
@@ -191,26 +199,32 @@ def generate_to_folder(model: NanoDiT, folder: Path, count: int, source: dict[st
     checkpoint or other settings in the folder are replaced.
     """
     marker = folder / _MARKER
-    if not marker.exists() or json.loads(marker.read_text()) != source:
-        for old in folder.glob("*/*.npy"):
-            if re.fullmatch(r"\d+", old.stem):
-                old.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps(source, indent=1))
+    with distributed.main_first():
+        if not marker.exists() or json.loads(marker.read_text()) != source:
+            for old in folder.glob("*/*.npy"):
+                if re.fullmatch(r"\d+", old.stem):
+                    old.unlink()
+            with whole(marker) as file:
+                file.write(json.dumps(source, indent=1).encode())
     steps, scale = source["ode_steps"], source["cfg_scale"]
     print(f"Generating {count} images of each class in {steps} steps, guidance {scale:g}, on {model.pos_embed.device}")
-    with tqdm(total=count * len(CLASSES), unit="image", desc="generating", leave=False) as bar:
-        for label, name in enumerate(CLASSES):
-            (folder / name).mkdir(exist_ok=True)
-            for first in range(0, count, BATCH_SIZE):
-                files = [folder / name / f"{i}.npy" for i in range(first, min(first + BATCH_SIZE, count))]
-                if not all(file.exists() for file in files):
-                    labels = torch.full((len(files),), label)
-                    number = label * _CLASS_STRIDE + first
-                    images = generate(model, labels, steps, scale, source["seed"], BATCH_SIZE, number)
-                    for file, image in zip(files, images, strict=True):
-                        np.save(file, image[0].numpy())
-                bar.update(len(files))
+    batches = [(label, first) for label in range(len(CLASSES)) for first in range(0, count, BATCH_SIZE)]
+    bar = tqdm(total=count * len(CLASSES) // distributed.size(), unit="image", desc="generating", leave=False)
+
+    def generate_batch(batch: tuple[int, int]) -> None:
+        label, first = batch
+        paths = [folder / CLASSES[label] / f"{i}.npy" for i in range(first, min(first + BATCH_SIZE, count))]
+        if not all(path.exists() for path in paths):
+            labels = torch.full((len(paths),), label)
+            number = label * _CLASS_STRIDE + first
+            images = generate(model, labels, steps, scale, source["seed"], BATCH_SIZE, number)
+            for path, image in zip(paths, images, strict=True):
+                with whole(path) as file:
+                    np.save(file, image[0].numpy())
+        bar.update(len(paths))
+
+    with bar:
+        distributed.spread(generate_batch, batches)
 
 
 def load_inception(device: torch.device) -> NoTrainInceptionV3 | None:
@@ -237,4 +251,4 @@ def load_inception(device: torch.device) -> NoTrainInceptionV3 | None:
 
 
 if __name__ == "__main__":
-    settings.run(main, globals())
+    settings.run(main, globals(), torchrun=True)

@@ -9,6 +9,7 @@ from scipy.stats import t as student_t
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import distributed
 from dataset import CLASSES, NpyDataset
 from evaluate import metrics, physics
 from evaluate.measure import Measured, Sample, find_nearest, measure, measure_cached, select, thumbnails
@@ -51,6 +52,7 @@ TITLES = {
 SHARES = {"copy_share", "two_sample_accuracy", "class_accuracy"}  # printed as percentages
 DISTANCES = {"fid_inception", "frechet_lens"}  # shown also as a ratio to the floor
 
+_OfParts = dict[str, dict[str, float]]  # part -> figure -> value
 Figures = dict[str, dict[str, dict[str, Any]]]  # figure -> part -> value, value_std, floor, floor_std
 
 
@@ -132,9 +134,10 @@ class Reference:
         other = Sample(name, dataset, index, measure(dataset, index, *self.networks))
         find_nearest(other.measured, self.train_thumbnails)
         real, labels = self.sample, other.measured["label"]
-        values, floors = ([{part: {} for part in PARTS} for _ in range(splits)] for _ in range(2))
-        bar = tqdm(total=splits * (len(PARTS) + 2), desc=f"scoring {name}", leave=False)
-        for split in range(splits):
+        bar = tqdm(total=splits * (len(PARTS) + 2) // distributed.size(), desc=f"scoring {name}", leave=False)
+
+        def score_split(split: int) -> tuple[_OfParts, _OfParts]:
+            values, floors = ({part: {} for part in PARTS} for _ in range(2))
             a, b = halves(real.measured["label"], self.count, seed + split)
             samples = (select(real.measured, a), select(real.measured, b), other.measured)
             for label, part in enumerate(PARTS, start=-1):
@@ -142,17 +145,20 @@ class Reference:
                 of_a, of_b, of_other = (select(sample, of_part) for sample in samples)
                 known = self.train_measured["label"]
                 train = select(self.train_measured, known >= 0 if part == "overall" else known == label)
-                values[split][part] |= compare(of_a, of_other, train)
-                floors[split][part] |= compare(of_a, of_b, train)
+                values[part] |= compare(of_a, of_other, train)
+                floors[part] |= compare(of_a, of_b, train)
                 bar.update()
             read_a, read_b = (lambda i, half=half: real.read(half[i]) for half in (a, b))
             for found, read in ((values, other.read), (floors, read_b)):
                 right, of_class = told_apart(read_a, read, labels, seed + split)
                 for label, part in enumerate(PARTS, start=-1):
                     of_part = right if part == "overall" else right[of_class == label]
-                    found[split][part]["two_sample_accuracy"] = of_part.double().mean().item()
+                    found[part]["two_sample_accuracy"] = of_part.double().mean().item()
                 bar.update()
-        bar.close()
+            return values, floors
+
+        with bar:
+            values, floors = zip(*distributed.spread(score_split, range(splits)), strict=True)
         other.figures = {
             figure: {part: _summary(figure, part, values, floors, self.count) for part in PARTS} for figure in TITLES
         }
@@ -167,7 +173,9 @@ def apart(figure: dict[str, Any], splits: int) -> bool:
     return abs(figure["value"] - figure["floor"]) > max(limit, _ROUNDING)
 
 
-def _summary(name: str, part: str, values: list[dict], floors: list[dict], count: int) -> dict[str, Any]:
+def _summary(
+    name: str, part: str, values: tuple[_OfParts, ...], floors: tuple[_OfParts, ...], count: int
+) -> dict[str, Any]:
     """Mean and standard deviation of a figure over the splits."""
     if name not in values[0][part]:
         return dict.fromkeys(("value", "value_std", "floor", "floor_std"))

@@ -1,6 +1,7 @@
 """One pass over images: everything the figures need to know of each, so that the images themselves are not kept."""
 
 import hashlib
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import distributed
 from dataset import NpyDataset
 from evaluate import physics
 from evaluate.lens_fit import fit_smooth_lens, fits
+from files import whole
 from models.classifier import classify
 
 Measured = dict[str, Tensor]  # name -> (n, ...), row i of each belonging to image i
@@ -49,8 +52,10 @@ def measure(
         lens_residual (RMS over peak) and residual_* (RMS in a band) of the smooth lens that fits best; thumbnail
         (n, 1024), the image at half its resolution.
     """
-    rows: list[Measured] = []
-    for part in tqdm(index.split(batch_size), "measuring", unit="batch", leave=False):
+    parts = index.split(batch_size)
+    bar = tqdm(total=len(parts) // distributed.size(), desc="measuring", unit="batch", leave=False)
+
+    def measure_part(part: Tensor) -> Measured:
         images = dataset.read(part)
         probabilities, features = classify(classifier, images, batch_size, show_progress=False)
         xy, residual = fit_smooth_lens(images)
@@ -71,7 +76,11 @@ def measure(
         if inception is not None:
             device = next(inception.parameters()).device
             row["inception"] = inception((255 * images).byte().expand(-1, 3, -1, -1).to(device)).cpu()
-        rows.append(row)
+        bar.update()
+        return row
+
+    with bar:
+        rows = distributed.spread(measure_part, parts)
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -85,18 +94,23 @@ def measure_cached(
             state.update(weights.cpu().numpy().tobytes())
     path = Path(dataset.root_dir) / f".lens_measured_{name}_{state.hexdigest()[:16]}.pt"
     try:
-        return torch.load(path, weights_only=True)
+        measured = torch.load(path, weights_only=True)
     except Exception:  # absent, or cut short by a full disk: measure
-        pass
+        measured = None
+    if all(distributed.gather(measured is not None)):
+        return measured
     measured = measure(dataset, index, classifier, inception, batch_size)
-    part = path.with_suffix(".part")
+    if not distributed.is_main():
+        return measured
+    packed = io.BytesIO()
+    torch.save(measured, packed)
     try:
-        torch.save(measured, part)
+        with whole(path) as file:
+            file.write(packed.getbuffer())
         for old in path.parent.glob(f".lens_measured_{name}_*.pt"):
-            old.unlink(missing_ok=True)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
+            if old != path:
+                old.unlink(missing_ok=True)
+    except OSError as error:
         print(f"{path} cannot be written ({error}): the images will be measured again next time")
     return measured
 
@@ -109,9 +123,10 @@ def thumbnails(dataset: NpyDataset, batch_size: int = 1024) -> Tensor:
 
 def find_nearest(measured: Measured, training: Tensor) -> None:
     """Adds to a measurement the distance (RMS over peak) to the nearest of the training thumbnails, and its index."""
-    found = [torch.cdist(some, training).min(1) for some in measured["thumbnail"].split(256)]
-    measured["train_distance"] = torch.cat([f.values for f in found]) / training.shape[1] ** 0.5
-    measured["train_neighbour"] = torch.cat([f.indices for f in found])
+    parts = measured["thumbnail"].split(256)
+    nearest = distributed.spread(lambda part: tuple(torch.cdist(part, training).min(1)), parts)
+    distance, neighbour = map(torch.cat, zip(*nearest, strict=True))
+    measured["train_distance"], measured["train_neighbour"] = distance / training.shape[1] ** 0.5, neighbour
 
 
 def select(measured: Measured, index: Tensor) -> Measured:

@@ -4,13 +4,14 @@
     python train/train_classifier.py --image_size 64       # for a CPU
 
 Writes to OUTPUT_DIR: classifier_ckpts/resnet18_best.pt, the best epoch by validation accuracy, training_metrics.png and
-training_metrics.csv, and confusion_matrix.png with its accuracy on the test images.
+training_metrics.csv, and confusion_matrix.png with its accuracy on the test images. A run that was stopped goes on from
+classifier_ckpts/resnet18_step_{n}.pt, on a CPU to the last bit as if it had not been.
 """
 
 import socket
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plots
 import settings
-from dataset import CLASSES, NpyDataset, classifier_transforms
-from models.checkpoint import save_checkpoint
+from dataset import CLASSES, NpyDataset, classifier_transforms, epoch_batches
+from models.checkpoint import load_weights, save_checkpoint
 from models.classifier import build_classifier, classify, load_classifier
 from settings import InputError
+from train.safety import advance, announce, check_finite, keep_newest, load_optimizer_state, newest_checkpoint
 
 DATA_DIR = "data"  # Folder with axion/, cdm/ and no_sub/
 OUTPUT_DIR = "classifier_training_resnet18"  # Change it to keep an earlier classifier
@@ -38,6 +40,8 @@ LEARNING_RATE = 1e-4  # Of the last layer with ImageNet weights; layer3 and laye
 SCRATCH_LEARNING_RATE = 1e-3  # Of every layer, when there are no ImageNet weights
 EPOCHS = 40  # Fewer are enough with pretrained weights
 SEED = 42  # Of weights and order
+CHECKPOINT_SAVE_STEPS = 1000  # Steps between checkpoints within an epoch; 0 for none
+RESUME: Literal["auto", "never"] = "auto"  # "auto" goes on where the run was stopped, "never" starts anew
 AMP_DTYPE: Literal[None, "bfloat16"] = None  # "bfloat16" on a recent GPU
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
@@ -45,7 +49,6 @@ DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU w
 def main() -> None:
     device = settings.pick_device(DEVICE)
     output = Path(OUTPUT_DIR)
-    path = output / "classifier_ckpts" / "resnet18_best.pt"
     train, val, test = (NpyDataset(DATA_DIR, None, part, ON_BAD_FILE).to(device) for part in ("train", "val", "test"))
     print(
         f"{len(train)} training, {len(val)} validation and {len(test)} test images in {DATA_DIR}, training on {device}"
@@ -56,58 +59,115 @@ def main() -> None:
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     model = build_classifier(IMAGE_SIZE)
-    pretrained = load_imagenet_weights(model) if PRETRAINED else False
+    folder = output / "classifier_ckpts"
+    state = resume(folder, model, device)
+    pretrained = state.get("pretrained", PRETRAINED and not state and load_imagenet_weights(model))
     model.to(device)
     groups = trained_layers(model, pretrained)
     print(f"{sum(p.numel() for group in groups for p in group['params']):,} trainable parameters")
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
-    steps = EPOCHS * (len(train) // BATCH_SIZE)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], steps, pct_start=0.1)
-    history = []
+    steps_per_epoch = len(epoch_batches(len(train), BATCH_SIZE, SEED, 1))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in groups], EPOCHS * steps_per_epoch, pct_start=0.1
+    )
+    history, total_loss, correct, seen, done = [], 0.0, 0, 0, 0
+    if state:
+        load_optimizer_state(optimizer, state["optimizer_state_dict"])
+        history, (total_loss, correct, seen) = state["history"], state["sums"]
+        done = state["step_in_epoch"] * steps_per_epoch // state["steps_per_epoch"]  # after another batch size too
+        global_step = state["epoch"] * steps_per_epoch + done
+        advance(scheduler, min(global_step, scheduler.total_steps - 1))
+    stop_asked = settings.stop_on_signal()
 
-    for epoch in range(1, EPOCHS + 1):
-        model.train()
-        total_loss, correct, seen = 0.0, 0, 0
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SEED + epoch))
-        batches = train.batches(BATCH_SIZE, order, drop_last=True)
-        bar = tqdm(
-            batches, f"epoch {epoch}/{EPOCHS}", len(train) // BATCH_SIZE, unit="step", leave=False, mininterval=1
+    def save(epoch: int, step: int) -> None:
+        """After a number of whole epochs and steps of the next one."""
+        path = folder / f"resnet18_step_{epoch * steps_per_epoch + step}.pt"
+        save_checkpoint(
+            path,
+            model_state_dict=model.state_dict(),
+            optimizer_state_dict=optimizer.state_dict(),
+            image_size=IMAGE_SIZE,
+            pretrained=pretrained,
+            epoch=epoch,
+            step_in_epoch=step,
+            steps_per_epoch=steps_per_epoch,
+            sums=(total_loss, correct, seen),
+            history=history,
+            settings=settings.constants(globals()) | {"training images": len(train)},
         )
-        for images, labels in bar:
+        keep_newest(folder, "resnet18_step_*.pt", 2)
+
+    for epoch in range(len(history) + 1, EPOCHS + 1):
+        model.train()
+        batches = epoch_batches(len(train), BATCH_SIZE, SEED, epoch)
+        bar = tqdm(batches[done:], f"epoch {epoch}/{EPOCHS}", steps_per_epoch, initial=done, unit="step", leave=False)
+        for step, batch in enumerate(bar, done + 1):
+            images, labels = (part.to(device) for part in train[batch.to(train.labels.device)])
             with torch.autocast(device.type, torch.bfloat16, enabled=AMP_DTYPE is not None):
-                logits = model(classifier_transforms(images.to(device), IMAGE_SIZE))
-            loss = F.cross_entropy(logits.float(), labels.to(device))
+                logits = model(classifier_transforms(images, IMAGE_SIZE))
+            loss = F.cross_entropy(logits.float(), labels)
             optimizer.zero_grad()
             loss.backward()
+            try:
+                global_step = (epoch - 1) * steps_per_epoch + step
+                check_finite(global_step, optimizer.param_groups[-1]["lr"], loss=loss.item())
+            except InputError:
+                save(epoch - 1, step - 1)
+                raise
             optimizer.step()
             scheduler.step()
             total_loss += loss.item() * len(labels)
-            correct += (logits.argmax(1) == labels.to(device)).sum().item()
+            correct += (logits.argmax(1) == labels).sum().item()
             seen += len(labels)
-            bar.set_postfix(loss=f"{total_loss / seen:.4f}", accuracy=f"{correct / seen:.3f}")
+            bar.set_postfix(loss=f"{total_loss / seen:.4f}", accuracy=f"{correct / seen:.3f}", refresh=False)
+            if stop_asked() or (CHECKPOINT_SAVE_STEPS and step % CHECKPOINT_SAVE_STEPS == 0):
+                save(epoch - 1, step)
+            if stop_asked():
+                print("stopped; run the script again to go on")
+                return
 
         # The running averages of batch normalization lag behind weights that change fast: take them anew
-        some = train.batches(BATCH_SIZE, order[:2048])
-        update_bn((classifier_transforms(images.to(device), IMAGE_SIZE) for images, _ in some), model)
+        some = (train.images[part] for part in torch.cat(batches)[:2048].to(train.labels.device).split(BATCH_SIZE))
+        update_bn((classifier_transforms(images.to(device), IMAGE_SIZE) for images in some), model)
         val_loss, val_accuracy, _ = evaluate(model, val)
         row = {"epoch": epoch, "train_loss": total_loss / seen, "val_loss": val_loss}
         history.append(row | {"train_accuracy": correct / seen, "val_accuracy": val_accuracy})
-        plots.training_curves(output, history, [["train_loss", "val_loss"], ["train_accuracy", "val_accuracy"]])
         best = val_accuracy > max((row["val_accuracy"] for row in history[:-1]), default=-1)
-        if best:
-            save_checkpoint(
-                path, model_state_dict=model.state_dict(), image_size=IMAGE_SIZE, epoch=epoch, val_accuracy=val_accuracy
-            )
         tqdm.write(
             f"epoch {epoch}: train loss {row['train_loss']:.4f}, accuracy {correct / seen:.2%}; "
             f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}"
             + (", the best so far, saved" if best else "")
         )
+        done, total_loss, correct, seen = 0, 0.0, 0, 0
+        plots.training_curves(output, history, [["train_loss", "val_loss"], ["train_accuracy", "val_accuracy"]])
+        if best:
+            save_checkpoint(
+                folder / "resnet18_best.pt",
+                model_state_dict=model.state_dict(),
+                image_size=IMAGE_SIZE,
+                epoch=epoch,
+                val_accuracy=val_accuracy,
+            )
+        save(epoch, 0)
 
+    path = folder / "resnet18_best.pt"
     _, accuracy, counts = evaluate(load_classifier(path, device), test)
     title = f"test accuracy {accuracy:.2%}"
     plots.save(plots.confusion_matrix(counts.numpy(), CLASSES, title), output / "confusion_matrix.png")
     print(f"{title} of {path}; rows are the true classes {', '.join(CLASSES)}:\n{counts.numpy()}")
+
+
+def resume(folder: Path, model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """The newest whole checkpoint of the run, its weights put into the model; {} when there is none."""
+    found = newest_checkpoint(folder, "resnet18_step_*.pt", device) if RESUME == "auto" else None
+    if found is None:
+        return {}
+    path, content = found
+    if content.get("image_size") != IMAGE_SIZE:
+        raise InputError(f"{path} is of another image size: choose another --output_dir for this one")
+    load_weights(model, content["model_state_dict"], path)
+    announce(path, content, EPOCHS, settings.constants(globals()))
+    return content
 
 
 def load_imagenet_weights(model: nn.Module) -> bool:

@@ -1,10 +1,11 @@
 """Trains NanoDiT with flow matching on the lens images of DATA_DIR.
 
     python train/train_diffusion.py      # the published network, for a GPU; the README has the settings for a CPU
+    torchrun --nproc_per_node=8 train/train_diffusion.py      # on the eight GPUs of a machine, with the same result
 
 Writes to OUTPUT_DIR: dit_conditional_ckpts/ with the checkpoints, dit_conditional_images/ and dit_conditional_npy/ with
 samples from the EMA weights, training_metrics.png and training_metrics.csv. A run that was stopped goes on from its
-newest checkpoint.
+newest checkpoint, on a CPU to the last bit as if it had not been.
 """
 
 import math
@@ -12,7 +13,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,13 +21,15 @@ from ema_pytorch import EMA
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import distributed
 import plots
 import settings
-from dataset import CLASSES, NpyDataset, diffusion_transforms
+from dataset import CLASSES, NpyDataset, diffusion_transforms, epoch_batches
 from models import flow
-from models.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from models.checkpoint import load_weights, save_checkpoint
 from models.model import SIZES, NanoDiT
 from settings import InputError
+from train.safety import advance, announce, check_finite, keep_newest, load_optimizer_state, newest_checkpoint
 
 DATA_DIR = "data"  # Folder with axion/, cdm/ and no_sub/; yours, or made by simulate/simulate_lenses.py
 OUTPUT_DIR = "diffusion_training"  # Change it to start another run beside this one
@@ -40,7 +43,8 @@ MODEL_DEPTH = 6  # Transformer blocks
 MODEL_HEADS = 8  # Attention heads
 PREDICTION: Literal["velocity", "image"] = "velocity"  # "image" predicts the clean image: for patches of 8 or more
 
-BATCH_SIZE = 160  # Reduce when the GPU runs out of memory
+BATCH_SIZE = 160  # Images a step, of all processes together; raise it with the learning rate for many GPUs
+ACCUMULATE_STEPS = 1  # Parts a batch is taken in; raise it when the GPU runs out of memory
 LEARNING_RATE = 1e-4  # 2e-3 for NanoDiT-S/16 in batches of 16; reduce when the loss is NaN
 MIN_LEARNING_RATE = 1e-6  # Where the cosine decay ends
 WARMUP_EPOCHS = 10.0  # Epochs of linear warm-up; a fraction of one for short runs
@@ -60,6 +64,7 @@ NUM_SAMPLES_PER_CLASS = 4  # Samples of each class in a grid
 SAMPLE_INTERVAL = 10  # Epochs between sample grids
 CHECKPOINT_SAVE_INTERVAL = 10  # Epochs between checkpoints
 CHECKPOINT_SAVE_STEPS = 1000  # Steps between checkpoints within an epoch, of which the newest is kept; 0 for none
+KEEP_CHECKPOINTS = 3  # Newest checkpoints of whole epochs to keep, beside the best one by validation loss
 RESUME: Literal["auto", "never"] = "auto"  # "auto" goes on from the newest whole checkpoint, "never" starts anew
 
 AMP_DTYPE: Literal[None, "float16", "bfloat16"] = None  # "bfloat16" on a recent GPU, "float16" on an older one
@@ -68,40 +73,58 @@ DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU w
 
 WORTH_STARTING_HOURS = 168.0  # A run estimated to take longer is announced with the size that would not
 
+_VALIDATION_IMAGES = 512  # enough to tell the best checkpoint
+
 
 def main() -> None:
-    device = settings.pick_device(DEVICE)
+    device = distributed.join(settings.pick_device(DEVICE))
     output = Path(OUTPUT_DIR)
-    dataset = NpyDataset(DATA_DIR, None, "train", ON_BAD_FILE)
+    with distributed.main_first():
+        dataset, validation = (NpyDataset(DATA_DIR, None, part, ON_BAD_FILE) for part in ("train", "val"))
     dataset.images = diffusion_transforms(dataset.images)  # once and for all epochs
     dataset.to(device)
-    steps_per_epoch = len(dataset) // BATCH_SIZE
-    if not steps_per_epoch:
+    if len(dataset) < BATCH_SIZE:
         raise InputError(f"--batch_size {BATCH_SIZE} is more than the {len(dataset)} training images of {DATA_DIR}")
+    steps_per_epoch = math.ceil(len(dataset) / BATCH_SIZE)
+    if len(dataset) // steps_per_epoch < distributed.size() * ACCUMULATE_STEPS:
+        raise InputError(
+            f"--batch_size {BATCH_SIZE} leaves no image for some of the {distributed.size()} processes x "
+            f"{ACCUMULATE_STEPS} accumulation steps: raise it"
+        )
     network = SIZES[MODEL_SIZE] if MODEL_SIZE else _size_of_constants()
-    print(f"{len(dataset)} training images in {DATA_DIR}, training on {device}")
-    warn_if_endless(network, EPOCHS * steps_per_epoch * BATCH_SIZE, device)
+    processes = f", {distributed.size()} processes" if distributed.size() > 1 else ""
+    print(f"{len(dataset)} training images in {DATA_DIR}, training on {device.type}{processes}")
+    if distributed.is_main():
+        warn_if_endless(network, EPOCHS * len(dataset) // distributed.size(), device)
 
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     model = NanoDiT(input_size=IMG_SIZE, num_classes=len(CLASSES), **network).to(device)
     print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters")
     ema = EMA(model, beta=EMA_BETA, update_every=EMA_UPDATE_EVERY, include_online_model=False)
-    if COMPILE:
-        model.compile()
     optimizer = torch.optim.AdamW(
         model.parameters(), LEARNING_RATE, betas=(0.9, ADAM_BETA2), weight_decay=WEIGHT_DECAY, fused=True
     )
-    warmup, total = WARMUP_EPOCHS * steps_per_epoch, EPOCHS * steps_per_epoch
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
     scaler = torch.amp.GradScaler(device.type, enabled=AMP_DTYPE == "float16")
     amp = torch.autocast(device.type, getattr(torch, AMP_DTYPE)) if AMP_DTYPE else nullcontext()
     t_floor = flow.T_FLOOR if model.prediction == "image" else 0.0
-    history, done, total_loss = resume(output, model, ema, optimizer, scheduler, scaler, device)
+    state = resume(output, model, ema, optimizer, scaler, device)
+    history, total_loss, skipped = state["history"], state["loss_in_epoch"], state["skipped_in_epoch"]
+    # After another batch size, the part of the epoch that is done stays done
+    done = state["step_in_epoch"] * steps_per_epoch // state["steps_per_epoch"]
+    global_step = state["epoch"] * steps_per_epoch + done
+    warmup, all_steps = WARMUP_EPOCHS * steps_per_epoch, EPOCHS * steps_per_epoch
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, all_steps))
+    advance(scheduler, global_step)
+    if COMPILE:
+        model.compile(dynamic=False)  # batches have two sizes at most
+    trained = distributed.data_parallel(model)
     stop_asked = settings.stop_on_signal()
 
     def save(name: str, epoch: int, step: int) -> None:
         """After a number of whole epochs and steps of the next one."""
+        if not distributed.is_main():
+            return
         path = output / "dit_conditional_ckpts" / f"dit_conditional_{name}.pt"
         save_checkpoint(
             path,
@@ -114,66 +137,85 @@ def main() -> None:
             model_config=model.config,
             epoch=epoch,
             step_in_epoch=step,
+            steps_per_epoch=steps_per_epoch,
             loss_in_epoch=total_loss,
+            skipped_in_epoch=skipped,
             global_step=epoch * steps_per_epoch + step,
             history=history,
+            settings=settings.constants(globals()) | {"training images": len(dataset)},
         )
-        for old in path.parent.glob("dit_conditional_step_*.pt"):  # this one is newer
-            if old != path:
-                old.unlink()
+        remove_others(path, history)
         tqdm.write(f"saved {path}")
 
     for epoch in range(len(history) + 1, EPOCHS + 1):
         model.train()
         started, first = time.monotonic(), done
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(SEED + epoch))
-        batches = dataset.batches(BATCH_SIZE, order[done * BATCH_SIZE :], drop_last=True)
-        title = f"epoch {epoch}/{EPOCHS}"
-        bar = tqdm(batches, title, steps_per_epoch, initial=done, unit="step", leave=False, mininterval=1)
-        for step, (x, labels) in enumerate(bar, done + 1):
-            x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            noise = torch.randn_like(x)
-            t = flow.draw_times(len(x), TIME_SAMPLING, device)
-            z = flow.interpolate(x, noise, t)
-            with amp:
-                velocity = model(z, t, flow.drop_labels(labels, len(CLASSES), LABEL_DROPOUT))
-            loss = flow.velocity_loss(velocity.float(), x, noise, t, t_floor)
+        batches = epoch_batches(len(dataset), BATCH_SIZE, SEED, epoch)[done:]
+        bar = tqdm(batches, f"epoch {epoch}/{EPOCHS}", steps_per_epoch, initial=done, unit="step", leave=False)
+        for step, batch in enumerate(bar, done + 1):
+            global_step = (epoch - 1) * steps_per_epoch + step
+            # What is drawn for a batch depends on the seed and the step alone, not on the number of processes
+            random = flow.generator_of(SEED, global_step, device)
+            noise = torch.randn(len(batch), *model.image_shape, generator=random, device=device)
+            t = flow.draw_times(len(batch), TIME_SAMPLING, random)
+            batch = batch.to(dataset.labels.device)
+            labels = flow.drop_labels(dataset.labels[batch].to(device), len(CLASSES), LABEL_DROPOUT, random)
+
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            loss = torch.zeros((), device=device)
+            parts = distributed.parts(len(batch), ACCUMULATE_STEPS)
+            for part in parts:
+                x = dataset.images[batch[part]].to(device, non_blocking=True)
+                z = flow.interpolate(x, noise[part], t[part])
+                trained.require_backward_grad_sync = part is parts[-1]  # processes exchange gradients once a step
+                with amp:
+                    velocity = trained(z, t[part], labels[part])
+                share = flow.velocity_loss(velocity.float(), x, noise[part], t[part], t_floor) * len(x) / len(batch)
+                scaler.scale(share * distributed.size()).backward()  # gradients are averaged over processes
+                loss += share.detach()
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            loss, stop = distributed.total(loss, stop_asked())
+            overflow = scaler.is_enabled() and not norm.isfinite() and scaler.get_scale() > 1
+            try:  # the scaler leaves out steps that overflow and goes on with smaller numbers
+                check_finite(global_step, scheduler.get_last_lr()[0], loss=loss, gradient_norm=0 if overflow else norm)
+            except InputError:
+                save(f"step_{global_step - 1}", epoch - 1, step - 1)
+                raise
             scaler.step(optimizer)
             scaler.update()
             scheduler.step()
             ema.update()
-            total_loss += loss.detach()
-            if step % 20 == 0:  # reading the loss makes a GPU wait: seldom
-                rate = (step - first) * BATCH_SIZE / (time.monotonic() - started)
-                left = ((EPOCHS - epoch + 1) * steps_per_epoch - step) * BATCH_SIZE / rate
-                bar.set_postfix(loss=f"{total_loss.item() / step:.4f}", images_s=f"{rate:.0f}", left=_duration(left))
-            if stop_asked():
-                save(f"step_{(epoch - 1) * steps_per_epoch + step}", epoch - 1, step)
+            total_loss += loss
+            skipped += overflow
+            rate = (step - first) * BATCH_SIZE / (time.monotonic() - started)
+            left = ((EPOCHS - epoch + 1) * steps_per_epoch - step) * BATCH_SIZE / rate
+            shown = {"skipped": skipped} if scaler.is_enabled() else {}
+            bar.set_postfix(
+                loss=f"{total_loss / step:.4f}", images_s=f"{rate:.0f}", left=duration(left), **shown, refresh=False
+            )
+            if stop or (CHECKPOINT_SAVE_STEPS and step % CHECKPOINT_SAVE_STEPS == 0 and step < steps_per_epoch):
+                save(f"step_{global_step}", epoch - 1, step)
+            if stop:
                 print("stopped; run the script again to go on")
                 return
-            if CHECKPOINT_SAVE_STEPS and step % CHECKPOINT_SAVE_STEPS == 0 and step < steps_per_epoch:
-                save(f"step_{(epoch - 1) * steps_per_epoch + step}", epoch - 1, step)
 
         history.append(
             {
                 "epoch": epoch,
-                "step": epoch * steps_per_epoch,
-                "loss": total_loss.item() / steps_per_epoch,
+                "step": global_step,
+                "loss": total_loss / steps_per_epoch,
+                "val_loss": validation_loss(ema.ema_model, validation, t_floor) if distributed.is_main() else math.nan,
                 "learning_rate": scheduler.get_last_lr()[0],
+                "skipped_steps": skipped,
                 "images_per_second": (steps_per_epoch - first) * BATCH_SIZE / (time.monotonic() - started),
             }
         )
-        done, total_loss = 0, torch.zeros((), device=device)
-        if not math.isfinite(history[-1]["loss"]):
-            raise InputError(f"the loss of epoch {epoch} is not finite: reduce LEARNING_RATE or MAX_GRAD_NORM")
-        plots.training_curves(output, history, [["loss"], ["learning_rate"]])
-        tqdm.write(f"epoch {epoch}: loss {history[-1]['loss']:.5f}, {history[-1]['images_per_second']:.0f} images/s")
-        if epoch % SAMPLE_INTERVAL == 0 or epoch == EPOCHS:
-            write_samples(output, epoch, ema.ema_model, device)
+        done, total_loss, skipped = 0, 0.0, 0
+        if distributed.is_main():
+            report(output, history)
+            if epoch % SAMPLE_INTERVAL == 0 or epoch == EPOCHS:
+                write_samples(output, epoch, ema.ema_model, device)
         if epoch == EPOCHS:  # before the other one, so that no run that was killed here lacks it
             save("final", epoch, 0)
         if epoch % CHECKPOINT_SAVE_INTERVAL == 0:
@@ -194,44 +236,63 @@ def resume(
     model: NanoDiT,
     ema: EMA,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
     device: torch.device,
-) -> tuple[list[dict[str, float]], int, torch.Tensor]:
-    """Loads the newest whole checkpoint of the run, if there is one, into everything given.
-
-    Returns:
-        The history of the epochs that are done, the steps done of the next one, and the sum of their losses.
-    """
-    start = [], 0, torch.zeros((), device=device)
-    found = (output / "dit_conditional_ckpts").glob("dit_conditional_*.pt")
-    content, problems = None, []
-    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True) if RESUME == "auto" else []:
-        try:
-            content = load_checkpoint(path, device)
-            break
-        except InputError as error:
-            problems.append(str(error))
-    if content is None and problems:
-        raise InputError("\n".join(problems) + "\nno whole checkpoint: remove them, or --resume never starts anew")
-    if content is None:
-        return start
-    for problem in problems:
-        print(f"{problem}: going on from an older one")
+) -> dict[str, Any]:
+    """Loads the newest whole checkpoint of the run, if there is one, into everything given; returns where it is."""
+    found = newest_checkpoint(output / "dit_conditional_ckpts", "*.pt", device) if RESUME == "auto" else None
+    if found is None:
+        position = {"epoch": 0, "step_in_epoch": 0, "steps_per_epoch": 1}
+        return position | {"history": [], "loss_in_epoch": 0.0, "skipped_in_epoch": 0}
+    path, content = found
     if content.get("model_config") != model.config:
         raise InputError(f"{path} is of another network: choose another --output_dir for this one")
     load_weights(model, content["model_state_dict"], path)
     ema.load_state_dict(content["ema_state_dict"])
-    optimizer.load_state_dict(content["optimizer_state_dict"])
-    scheduler.load_state_dict(content["scheduler_state_dict"])
+    load_optimizer_state(optimizer, content["optimizer_state_dict"])
     scaler.load_state_dict(content["scaler_state_dict"])
     torch.set_rng_state(content["random_states"]["cpu"].cpu())
-    if device.type == "cuda":
+    if device.type == "cuda" and len(content["random_states"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in content["random_states"]["cuda"]])
-    done = content["epoch"] >= EPOCHS
-    position = f"epoch {content['epoch']}" + (f", step {content['step_in_epoch']}" if content["step_in_epoch"] else "")
-    print(f"{path} is at {position}" + (f": nothing to do for {EPOCHS} epochs" if done else ", going on"))
-    return content["history"], content["step_in_epoch"], content["loss_in_epoch"]
+    announce(path, content, EPOCHS, settings.constants(globals()))
+    return content
+
+
+def remove_others(newest: Path, history: list[dict[str, float]]) -> None:
+    """Removes older checkpoints within an epoch, and those of whole epochs but the newest and the best."""
+    epoch_of = {newest.with_name(f"dit_conditional_epoch_{row['epoch']}.pt"): row["val_loss"] for row in history}
+    there = [path for path in epoch_of if path.exists()]
+    best = min(there, key=epoch_of.get, default=newest)
+    keep_newest(newest.parent, "dit_conditional_epoch_*.pt", KEEP_CHECKPOINTS, but=best)
+    keep_newest(newest.parent, "dit_conditional_step_*.pt", 1 if "_step_" in newest.name else 0)
+
+
+@torch.no_grad()
+def validation_loss(model: NanoDiT, dataset: NpyDataset, t_floor: float) -> float:
+    """Loss of the EMA weights on validation images; their times and noise are the same every time."""
+    device = model.pos_embed.device
+    random = flow.generator_of(SEED, 0, device)
+    index = torch.linspace(0, len(dataset) - 1, min(_VALIDATION_IMAGES, len(dataset))).long()  # of all classes
+    total = 0.0
+    for some in index.split(BATCH_SIZE):
+        x = diffusion_transforms(dataset.read(some)).to(device)
+        noise = torch.randn(x.shape, generator=random, device=device)
+        t = flow.draw_times(len(x), TIME_SAMPLING, random)
+        velocity = model.eval()(flow.interpolate(x, noise, t), t, dataset.labels[some].to(device))
+        total += flow.velocity_loss(velocity, x, noise, t, t_floor).item() * len(x)
+    return total / len(index)
+
+
+def report(output: Path, history: list[dict[str, float]]) -> None:
+    """The last epoch in a line, and the curves of all."""
+    row = history[-1]
+    plots.training_curves(output, history, [["loss", "val_loss"], ["learning_rate"]])
+    best = row["val_loss"] == min(row["val_loss"] for row in history)
+    skipped = f", {row['skipped_steps']} steps skipped in float16" if row["skipped_steps"] else ""
+    tqdm.write(
+        f"epoch {row['epoch']}: loss {row['loss']:.5f}, validation {row['val_loss']:.5f}{' (best)' if best else ''}, "
+        f"{row['images_per_second']:.0f} images/s{skipped}"
+    )
 
 
 def write_samples(output: Path, epoch: int, model: NanoDiT, device: torch.device) -> None:
@@ -254,18 +315,18 @@ def warn_if_endless(network: dict, num_images: int, device: torch.device) -> Non
     hours = num_images * seconds_an_image(network, device) / 3600
     if hours <= WORTH_STARTING_HOURS:
         return
-    print(f"This run would take about {_duration(3600 * hours)} on this machine ({device}).")
+    print(f"This run would take about {duration(3600 * hours)} on this machine ({device}).")
     for name, smaller in SIZES.items():
         if smaller == network:
             continue
         hours = num_images * seconds_an_image(smaller, device) / 3600
         if hours <= WORTH_STARTING_HOURS:
             print(
-                f"--model_size {name} would take {_duration(3600 * hours)}; its settings are at the top of this script."
+                f"--model_size {name} would take {duration(3600 * hours)}; its settings are at the top of this script."
             )
             return
     epochs = max(1, int(EPOCHS * WORTH_STARTING_HOURS / hours))
-    print(f"--model_size {name} --epochs {epochs} would take {_duration(3600 * WORTH_STARTING_HOURS)}.")
+    print(f"--model_size {name} --epochs {epochs} would take {duration(3600 * WORTH_STARTING_HOURS)}.")
 
 
 def seconds_an_image(network: dict, device: torch.device) -> float:
@@ -291,7 +352,8 @@ def _size_of_constants() -> dict:
     }
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time for people."""
     for unit, length in (("years", 31557600), ("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
@@ -299,4 +361,4 @@ def _duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    settings.run(main, globals())
+    settings.run(main, globals(), torchrun=True)

@@ -1,0 +1,120 @@
+"""Measures the rates of this machine and computes what many images cost on many such devices, and what limits them.
+
+    python evaluate/estimate_cost.py --model_size NanoDiT-S/16 --num_ode_steps 20 --cfg_scale 1
+    torchrun --nproc_per_node=8 evaluate/estimate_cost.py       # also measures the all-reduce between the processes
+
+Prints the measured rates and, from them alone, two tables: generating, and a step of training.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import distributed
+import settings
+from dataset import CLASSES
+from files import whole
+from models import flow
+from models.model import SIZES, NanoDiT
+from train.train_diffusion import duration, seconds_an_image
+
+MODEL_SIZE: Literal[tuple(SIZES)] = "NanoDiT-B/2"  # The network; weights do not matter for its speed
+NUM_ODE_STEPS = 50  # Euler steps from noise to image
+CFG_SCALE = 5.0  # Guidance scale; 1 is no guidance, half of the work
+BATCH_SIZE = 128  # Images at once, on each device
+OUTPUT_DIR = "."  # Somewhere on the file system that the images would go to
+NETWORK_GB_PER_S = 10.0  # Between devices, where it is not measured: when this runs as one process
+DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
+
+_IMAGES = (10**6, 10**9)
+_DEVICES = (1, 8, 320)
+
+
+def main() -> None:
+    device = distributed.join(settings.pick_device(DEVICE))
+    torch.manual_seed(0)
+    model = NanoDiT(**SIZES[MODEL_SIZE]).to(device).eval()
+    labels = torch.arange(BATCH_SIZE, device=device) % len(CLASSES)
+    null = len(CLASSES)
+
+    def generate() -> None:
+        flow.sample(model, labels, model.image_shape, null, NUM_ODE_STEPS, CFG_SCALE, 0, BATCH_SIZE, 0, False).cpu()
+
+    images = np.zeros((4096, 64, 64), np.float32)
+    held, order = torch.from_numpy(images), torch.randperm(4096)[:BATCH_SIZE]
+    gradient = torch.zeros(sum(p.numel() for p in model.parameters() if p.requires_grad), device=device)
+    rates = {
+        "generating": BATCH_SIZE / seconds(generate),
+        "training": 1 / seconds_an_image(SIZES[MODEL_SIZE], device),
+        "reading": BATCH_SIZE / seconds(lambda: held[order].to(device)),
+    }
+    with tempfile.TemporaryDirectory(dir=OUTPUT_DIR) as folder:
+        path = Path(folder)
+        rates["one file an image"] = 500 / seconds(lambda: [save(path / f"{i}.npy", images[i]) for i in range(500)])
+        rates["one file for all"] = len(images) / seconds(lambda: save(path / "all.npy", images))
+    sums = distributed.total(*rates.values())
+    rates = {name: rate / distributed.size() for name, rate in zip(rates, sums, strict=True)}
+    processes, traffic, network = distributed.size(), 4 * len(gradient), NETWORK_GB_PER_S * 1e9
+    if processes > 1:
+        network = 2 * (processes - 1) / processes * traffic / seconds(lambda: torch.distributed.all_reduce(gradient))
+    threads = torch.get_num_threads()
+    print(f"{MODEL_SIZE}, {NUM_ODE_STEPS} steps, guidance {CFG_SCALE:g}, on {device.type}, {threads} threads")
+    for name, rate in rates.items():
+        print(f"{name}: {rate:.3g} images/s")
+    source = "measured" if processes > 1 else "assumed"
+    print(f"network: {network / 1e9:.3g} GB/s, {source}; gradients of {traffic / 1e6:.0f} MB a step\n")
+    print_generating(rates)
+    print_training(rates, traffic, network)
+
+
+def seconds(work: Callable[[], object], repeats: int = 3) -> float:
+    """The least time that some work takes, after a first time that warms up."""
+    found = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+    return min(found[1:])
+
+
+def save(path: Path, images: np.ndarray) -> None:
+    with whole(path) as file:
+        np.save(file, images)
+
+
+def print_generating(rates: dict[str, float]) -> None:
+    """Devices share the work; a file system is shared by the devices."""
+    print("| images | devices | generating | writing a file each | writing one file | bytes | the slower |")
+    print("|---|---|---|---|---|---|---|")
+    for images in _IMAGES:
+        for devices in _DEVICES:
+            compute = images / rates["generating"] / devices
+            each, packed = (images / rates[f"one file {kind}"] for kind in ("an image", "for all"))
+            slower = "generating" if compute > each else "files" if compute > packed else "the disk"
+            times = " | ".join(map(duration, (compute, each, packed)))
+            print(f"| {images:.0e} | {devices} | {times} | {images * 2**14 / 1e9:,.0f} GB | {slower} |")
+
+
+def print_training(rates: dict[str, float], traffic: float, network: float) -> None:
+    """A step with BATCH_SIZE images a device; a ring sends each gradient twice, but for a share (arXiv:2006.15704)."""
+    print(f"\n| devices | batch | computing | all-reduce | reading | images/s | efficiency |\n{'|---' * 7}|")
+    for devices in _DEVICES:
+        compute, read = BATCH_SIZE / rates["training"], BATCH_SIZE / rates["reading"]
+        reduce = 2 * (devices - 1) / devices * traffic / network
+        step = max(compute, reduce) + read  # gradients travel while others are computed
+        row = [f"{1e3 * value:.3g} ms" for value in (compute, reduce, read)]
+        rate, ideal = devices * BATCH_SIZE / step, devices * rates["training"]
+        print(f"| {devices} | {devices * BATCH_SIZE} | {' | '.join(row)} | {rate:,.0f} | {rate / ideal:.0%} |")
+
+
+if __name__ == "__main__":
+    settings.run(main, globals(), torchrun=True)
