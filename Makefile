@@ -1,7 +1,8 @@
 # make demo   installs into .venv, simulates lenses, trains the small generator and the classifier, generates, evaluates;
 #             ends with demo/lenses.png, demo/evaluation/report.html and a table of scores. Run it again to go on where
 #             it was stopped.
-# make test   installs into .venv and runs every test.
+# make test   installs into .venv and runs every test, but for the long versions of some.
+# make test-long   runs those: 500 kills of a training, 10,000 damaged files, 20,000 steps. Half an hour.
 # make lint   checks style and format.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DEMO := demo
 # Both trainings of the demo run at once, each with half of the cores: small batches gain little from more
 HALF_OF_CORES := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 
-.PHONY: demo demo-data demo-generator demo-classifier test lint clean
+.PHONY: demo demo-data demo-generator demo-classifier test test-long lint clean
 
 demo: .venv/installed
 	$(MAKE) --no-print-directory demo-data
@@ -39,6 +40,9 @@ demo-classifier:
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+
+test-long: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m long
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

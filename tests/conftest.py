@@ -1,5 +1,6 @@
 """What several tests share: a small simulated data set, a small trained generator and a small trained classifier."""
 
+import csv
 import runpy
 import shutil
 import sys
@@ -61,6 +62,30 @@ def classifier(classifier_run) -> Path:
 def data_copy(lens_data, tmp_path) -> Path:
     """A copy of the simulated images that a test may change."""
     return Path(shutil.copytree(lens_data, tmp_path / "data", ignore=shutil.ignore_patterns(".lens_cache*")))
+
+
+@pytest.fixture
+def train(monkeypatch, lens_data, tmp_path):
+    """Runs main() of train_diffusion with the tiny settings, in this process, and returns its OUTPUT_DIR."""
+    import settings
+    from train import train_diffusion
+
+    def run(output=tmp_path / "run", **constants):
+        script = vars(train_diffusion).copy()
+        flags = [*map(str, TINY_TRAINING), "--data_dir", str(lens_data), "--output_dir", str(output)]
+        settings.from_flags(script, flags)
+        for name, value in ({k: v for k, v in script.items() if k.isupper()} | constants).items():
+            monkeypatch.setattr(train_diffusion, name, value)
+        train_diffusion.main()
+        return output
+
+    return run
+
+
+def history_of(run: Path) -> list[dict[str, float]]:
+    """The rows of a run's training_metrics.csv."""
+    with open(run / "training_metrics.csv") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 TINY_TRAINING = [

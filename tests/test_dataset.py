@@ -1,6 +1,7 @@
 """Any sound .npy image loads; anything else is named, all at once, and nothing in a file runs."""
 
 import io
+import math
 import os
 import pickle
 
@@ -13,7 +14,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import dataset
-from dataset import CLASSES, NpyDataset, classifier_transforms, diffusion_transforms, normalize, read_image, split_of
+from dataset import (
+    CLASSES,
+    NpyDataset,
+    classifier_transforms,
+    diffusion_transforms,
+    epoch_batches,
+    normalize,
+    read_image,
+    split_of,
+)
 from settings import InputError
 
 IMAGE = np.random.default_rng(0).random((64, 64))
@@ -183,10 +193,17 @@ def test_a_header_that_claims_more_than_memory_holds_allocates_nothing(tmp_path)
 
 def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "folder.npy").mkdir()
+    os.mkfifo(tmp_path / "pipe.npy")
     (tmp_path / "loop.npy").symlink_to(tmp_path / "loop.npy")
     with (tmp_path / "huge.npy").open("wb") as file:
         file.truncate(2**34)
-    for name, complaint in [("folder", "cannot be read"), ("loop", "cannot be read"), ("huge", "larger"), ("no", "No")]:
+    for name, complaint in [
+        ("folder", "not a file"),
+        ("loop", "cannot be read"),
+        ("pipe", "not a file"),
+        ("huge", "larger"),
+        ("no", "No"),
+    ]:
         with pytest.raises(InputError, match=complaint):
             read_image(tmp_path / f"{name}.npy")
 
@@ -338,13 +355,26 @@ def test_transforms_of_arrays_of_any_range():
     torch.testing.assert_close(image, normalize(raw).expand(3, 64, 64), atol=1e-6, rtol=0)
 
 
-def test_batches_follow_the_order_and_do_not_change_the_data(lens_data):
+def test_an_image_is_what_its_file_holds_whatever_is_done_with_it(lens_data):
     data = NpyDataset(lens_data, diffusion_transforms)
     before = data.images.clone()
     order = torch.randperm(len(data))
-    batches = list(data.batches(50, order))
-    assert [len(images) for images, _ in batches] == [50, 50, 44]
-    torch.testing.assert_close(torch.cat([images for images, _ in batches]), before[order] * 2 - 1)
-    assert torch.equal(torch.cat([labels for _, labels in batches]), data.labels[order])
+    for some in (order[:50], order[:1], slice(3, 9)):  # NumPy takes a tensor of one number for a number
+        torch.testing.assert_close(data.read(some), before[some])
+    images, labels = data[order]
+    torch.testing.assert_close(images, before[order] * 2 - 1)
+    assert torch.equal(labels, data.labels[order])
     assert torch.equal(data.images, before)
-    assert [len(images) for images, _ in data.batches(50, order, drop_last=True)] == [50, 50]
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(108, 16), (108, 108), (7, 3), (1000, 1), (63000, 160)])
+def test_every_image_comes_once_an_epoch_in_batches_of_one_size(n, batch_size):
+    batches = epoch_batches(n, batch_size, seed=42, epoch=3)
+    sizes = {len(batch) for batch in batches}
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+    assert len(batches) == math.ceil(n / batch_size)
+    order = torch.cat(batches)
+    assert torch.equal(order.sort().values, torch.arange(n))
+    assert torch.equal(order, torch.cat(epoch_batches(n, n, seed=42, epoch=3)))
+    assert not torch.equal(order, torch.cat(epoch_batches(n, batch_size, seed=42, epoch=4)))

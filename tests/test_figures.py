@@ -24,7 +24,7 @@ def many_lenses(tmp_path_factory):
 def figures(many_lenses, tmp_path_factory):
     """Figures of each broken generator, by its name."""
     folder = tmp_path_factory.mktemp("broken")
-    flags = ["--image_size", 32, "--batch_size", 32, "--epochs", 3, "--pretrained", "false"]
+    flags = ["--image_size", 32, "--batch_size", 16, "--epochs", 3, "--pretrained", "false"]
     run_script("train/train_classifier.py", *flags, "--data_dir", many_lenses, "--output_dir", folder)
     classifier = load_classifier(folder / "classifier_ckpts" / "resnet18_best.pt")
     train, val, test = (NpyDataset(many_lenses, None, part) for part in ("train", "val", "test"))

@@ -37,8 +37,8 @@ def test_loss_of_an_image_prediction_is_its_error_over_t_but_no_more_than_20_tim
 
 
 def test_times_are_distributed_as_their_name_says():
-    torch.manual_seed(0)
-    uniform, logit_normal = flow.draw_times(40000, "uniform"), flow.draw_times(40000, "logit_normal")
+    random = flow.generator_of(0, 1)
+    uniform, logit_normal = (flow.draw_times(40000, name, random) for name in ("uniform", "logit_normal"))
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
     assert uniform.var().item() == pytest.approx(1 / 12, abs=0.005)
     logits = torch.logit(logit_normal.double())
@@ -49,12 +49,20 @@ def test_times_are_distributed_as_their_name_says():
 
 
 def test_labels_are_dropped_as_often_as_asked_and_otherwise_kept():
-    torch.manual_seed(0)
     labels = torch.arange(3).repeat(10000)
-    dropped = flow.drop_labels(labels, 3, 0.1)
+    dropped = flow.drop_labels(labels, 3, 0.1, flow.generator_of(0, 1))
     assert (dropped == 3).double().mean().item() == pytest.approx(0.1, abs=0.006)
     assert torch.equal(dropped[dropped != 3], labels[dropped != 3])
-    assert torch.equal(flow.drop_labels(labels, 3, 0.0), labels)
+    assert torch.equal(flow.drop_labels(labels, 3, 0.0, flow.generator_of(0, 1)), labels)
+
+
+def test_the_random_stream_of_a_step_depends_on_seed_and_step_alone():
+    torch.manual_seed(1)
+    first = torch.rand(1000, generator=flow.generator_of(42, 7))
+    torch.manual_seed(2)
+    assert torch.equal(first, torch.rand(1000, generator=flow.generator_of(42, 7)))
+    for other in (flow.generator_of(42, 8), flow.generator_of(43, 7), flow.generator_of(7, 42)):
+        assert abs(torch.corrcoef(torch.stack([first, torch.rand(1000, generator=other)]))[0, 1]) < 0.1
 
 
 def gaussian_velocity(mean: float, std: float):

@@ -12,7 +12,10 @@ from conftest import ROOT
 import settings
 
 SCRIPTS = sorted(
-    str(path.relative_to(ROOT)) for path in ROOT.glob("*/*.py") if "\n    settings.run(" in path.read_text()
+    str(path.relative_to(ROOT))
+    for folder in ("evaluate", "simulate", "train")
+    for path in (ROOT / folder).glob("*.py")
+    if "\n    settings.run(" in path.read_text()
 )
 
 
@@ -145,11 +148,15 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
 
 
 def test_the_scripts_are_those_that_the_readme_names():
+    readme = (ROOT / "README.md").read_text()
+    assert all(script in readme for script in SCRIPTS)
     assert SCRIPTS == [
         "evaluate/check_metrics.py",
+        "evaluate/estimate_cost.py",
         "evaluate/evaluate_classify.py",
         "evaluate/evaluate_fld.py",
         "simulate/simulate_lenses.py",
+        "train/export_weights.py",
         "train/train_classifier.py",
         "train/train_diffusion.py",
     ]

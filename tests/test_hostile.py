@@ -1,0 +1,389 @@
+"""The table of bad inputs: each ends in one line that names it, and none runs code, harms a file or hangs."""
+
+import io
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import DATA, TINY_TRAINING, run_script
+from fuzz import fuzz
+
+from dataset import NpyDataset
+from models.checkpoint import load_checkpoint
+from models.classifier import build_classifier
+from models.model import NanoDiT
+
+IMAGE = np.random.default_rng(0).random((64, 64))
+
+
+class Bomb:
+    """Loaded as a pickle, it writes a file."""
+
+    def __reduce__(self):
+        return (open, ("bombed", "w"))
+
+
+# What is put in place of data/cdm/7.npy
+
+
+def npy(array, **kwargs) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array, **kwargs)
+    return content.getvalue()
+
+
+def pair(*values) -> bytes:
+    array = np.empty(len(values), object)
+    array[:] = values
+    return npy(array, allow_pickle=True)
+
+
+def header(shape) -> bytes:
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return content.getvalue()
+
+
+def a_link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_device_without_end(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def a_broken_link(path: Path) -> None:
+    path.symlink_to(path.with_name("deleted"))
+
+
+def a_file_with_errors(path: Path) -> None:
+    path.symlink_to("/proc/self/mem")  # reading it from its start is an I/O error
+
+
+FILES = [
+    ("truncated header", npy(IMAGE)[:40], "damaged header"),
+    ("truncated body", npy(IMAGE)[:5000], "truncated"),
+    ("a header that claims 2^40 elements", header((2**20, 2**20)), "has shape"),
+    ("a negative shape", header((-64, 64)), "has shape"),
+    ("an empty file", b"", "is empty"),
+    ("text", b"1 2 3\n", "not a .npy file"),
+    ("a pickle", pickle.dumps(IMAGE), "not a .npy file"),
+    ("a malicious pickle", pair(IMAGE, Bomb()), "refused: its pickle asks for"),
+    ("nested objects", pair(np.array([IMAGE, None], object), 1e-23), "not real numbers|not a pair|has shape"),
+    ("an object that holds itself", npy(np.array([[], []], object), allow_pickle=True), "not real|has shape"),
+    ("words", npy(np.full((64, 64), "a")), "not real numbers"),
+    ("complex numbers", npy(IMAGE + 1j), "complex128"),
+    ("NaN", npy(np.where(IMAGE > 0.9, np.nan, IMAGE)), "NaN or Inf"),
+    ("Inf", npy(np.where(IMAGE > 0.9, np.inf, IMAGE)), "NaN or Inf"),
+    ("another size", npy(np.zeros((128, 128))), r"shape \(128, 128\)"),
+    ("a movie", npy(np.zeros((9, 64, 64))), r"shape \(9, 64, 64\)"),
+    ("a large file", npy(np.zeros((600, 600))), "larger than any 64x64 image"),
+    ("a link to itself", a_link_to_itself, "cannot be read"),
+    ("a broken link", a_broken_link, "cannot be read"),
+    ("a file that fails to be read", a_file_with_errors, "cannot be read"),
+    ("a pipe", a_pipe, "is not a file"),
+    ("a device without end", a_device_without_end, "is not a file"),
+    ("a folder", Path.mkdir, "is not a file"),
+]
+
+
+def put(path: Path, what) -> None:
+    if isinstance(what, bytes):
+        path.write_bytes(what)
+    else:
+        what(path)
+
+
+def one_line(capsys, script, *flags) -> str:
+    """The line that a script ends with, of a status that is not 0 and without a traceback."""
+    with pytest.raises(SystemExit) as ended:
+        run_script(script, *flags)
+    assert ended.value.code not in (0, None)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    return captured.err.replace("\r", "\n").strip().splitlines()
+
+
+def state_of(folder: Path) -> dict:
+    """Every file of a folder, to see that none was harmed."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".lens_" not in path.name}
+
+
+@pytest.mark.parametrize(("what", "complaint"), [row[1:] for row in FILES], ids=[row[0] for row in FILES])
+def test_a_bad_file_is_named_by_training_and_by_classification(
+    what, complaint, data_copy, classifier, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    path = data_copy / "cdm" / "7.npy"
+    path.unlink()
+    put(path, what)
+    output = tmp_path / "run"
+    lines = one_line(
+        capsys, "train/train_diffusion.py", *TINY_TRAINING, "--data_dir", data_copy, "--output_dir", output
+    )
+    assert lines[-3] == f"1 bad files of 144 in {data_copy}:"
+    assert lines[-2].startswith(f"  {path}: ")
+    assert re.search(complaint, lines[-2])
+    assert lines[-1] == 'remove or mend them, or set ON_BAD_FILE = "skip"'
+    assert not output.exists()
+    if not path.is_dir():
+        lines = one_line(capsys, "evaluate/evaluate_classify.py", "--npy_path", path, "--model_path", classifier)
+        assert lines[-1].startswith(f"{path}: ")
+    assert not (tmp_path / "bombed").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_must_not_be_read_is_named(data_copy, tmp_path, capsys):
+    (data_copy / "cdm" / "7.npy").chmod(0)
+    assert "cannot be read" in "".join(one_line(capsys, "train/train_diffusion.py", "--data_dir", data_copy))
+
+
+def test_a_file_deleted_while_reading_is_named(data_copy, monkeypatch, capsys):
+    import dataset
+
+    original = dataset.read_image
+
+    def slow(path):
+        (data_copy / "no_sub" / "47.npy").unlink(missing_ok=True)
+        return original(path)
+
+    monkeypatch.setattr(dataset, "read_image", slow)
+    lines = one_line(capsys, "train/train_diffusion.py", "--data_dir", data_copy)
+    assert lines[-2].endswith("no_sub/47.npy: cannot be read (No such file or directory)")
+
+
+# Data folders
+
+
+def without_a_class(folder):
+    shutil.rmtree(folder / "axion")
+
+
+def empty(folder):
+    for path in folder.glob("*/*.npy"):
+        path.unlink()
+
+
+def one_image(folder):
+    for path in sorted(folder.glob("*/*.npy"))[1:]:
+        path.unlink()
+
+
+def a_file_instead(folder):
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
+FOLDERS = [
+    ("a missing class", without_a_class, "no folder axion"),
+    ("an empty folder", empty, "no .npy files in its class folders"),
+    ("one image", one_image, "add images|more than the"),
+    ("a file instead of a folder", a_file_instead, "no folder axion or cdm or no_sub"),
+    ("no folder", shutil.rmtree, "no folder axion or cdm or no_sub"),
+]
+
+
+@pytest.mark.parametrize(("change", "complaint"), [row[1:] for row in FOLDERS], ids=[row[0] for row in FOLDERS])
+@pytest.mark.parametrize(
+    "script", ["train/train_diffusion.py", "train/train_classifier.py", "evaluate/evaluate_fld.py"]
+)
+def test_a_bad_data_folder_is_named(script, change, complaint, data_copy, tmp_path, capsys):
+    change(data_copy)
+    flags = ["--data_dir", data_copy] + (["--output_dir", tmp_path / "run"] if "train" in script else [])
+    line = one_line(capsys, script, *flags)[-1]
+    assert str(data_copy) in line
+    assert re.search(complaint, line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_too_many_is_left_alone(data_copy):
+    shutil.copytree(data_copy / "cdm", data_copy / "wdm")
+    assert len(NpyDataset(data_copy)) == 144
+
+
+# Checkpoints
+
+
+def archive(**content) -> bytes:
+    packed = io.BytesIO()
+    torch.save(content, packed)
+    return packed.getvalue()
+
+
+def network(**config) -> dict:
+    model = NanoDiT(**({"patch_size": 16, "hidden_size": 16, "depth": 1, "num_heads": 2} | config))
+    return {"model_state_dict": model.state_dict(), "model_config": model.config}
+
+
+def compressed(content: bytes) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, bytes(2**22) if "/data/" in name else source.read(name))
+    return packed.getvalue()
+
+
+def with_config(**changes) -> bytes:
+    content = network()
+    return archive(**content | {"model_config": content["model_config"] | changes})
+
+
+CHECKPOINTS = [
+    ("a truncated checkpoint", lambda: archive(**network())[:9000], "not a checkpoint"),
+    ("an empty file", lambda: b"", "not a checkpoint"),
+    ("a text file", lambda: b"weights\n", "not a checkpoint"),
+    ("a pickle bomb", lambda: pickle.dumps(Bomb()), "not a checkpoint"),
+    ("a bomb inside", lambda: archive(**network(), epoch=Bomb()), "asks to run code: refused"),
+    (
+        "an archive that unpacks to a hundred times its size",
+        lambda: compressed(archive(**network())),
+        "unpacks to more",
+    ),
+    ("a view of 2^40 numbers", lambda: archive(model_state_dict={"w": torch.zeros(1).expand(2**40)}), "larger than"),
+    ("no weights", lambda: archive(epoch=3), "no 'model_state_dict'"),
+    ("weights that are none", lambda: archive(model_state_dict=[1]), "no 'model_state_dict'"),
+    ("weights of words", lambda: archive(model_state_dict={"a": "b"}), "not that of a NanoDiT|another network"),
+    (
+        "another architecture",
+        lambda: archive(**network(hidden_size=32) | {"model_config": network()["model_config"]}),
+        "another network",
+    ),
+    ("another number of classes", lambda: archive(**network(num_classes=5)), "is of 5 classes, not of axion, cdm"),
+    ("10^9 blocks", lambda: with_config(depth=10**9), "not that of a NanoDiT"),
+    ("a width of 10^9", lambda: with_config(hidden_size=10**9), "another network|not that of a NanoDiT"),
+    ("a setting that is none", lambda: with_config(run="rm"), "not that of a NanoDiT"),
+    ("a patch of 0", lambda: with_config(patch_size=0), "not that of a NanoDiT"),
+    (
+        "a checkpoint of the classifier",
+        lambda: archive(model_state_dict=build_classifier(64).state_dict(), image_size=64),
+        "another network",
+    ),
+    ("a changed number", lambda: archive(**network(), checksum="0"), "checksum does not match"),
+    (
+        "safetensors under another name",
+        lambda: safetensors.torch.save(network()["model_state_dict"]),
+        "not a checkpoint",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"), [row[1:] for row in CHECKPOINTS], ids=[row[0] for row in CHECKPOINTS]
+)
+def test_a_bad_checkpoint_is_named_and_nothing_written_is_harmed(
+    content, complaint, lens_data, classifier, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.pt"
+    path.write_bytes(content())
+    generated = shutil.copytree(lens_data, tmp_path / "generated", ignore=shutil.ignore_patterns(".lens*", "*.fits"))
+    (generated / "generated_by.json").write_text("{}")
+    before = state_of(generated)
+    flags = ["--data_dir", lens_data, "--classifier_path", classifier, "--checkpoint_path", path]
+    flags += ["--generated_dir", generated, "--report_dir", tmp_path / "r", "--figure_path", tmp_path / "r" / "l.png"]
+    line = one_line(capsys, "evaluate/evaluate_fld.py", *flags)[-1]
+    assert line.startswith(f"{path}: ")
+    assert re.search(complaint, line)
+    assert state_of(generated) == before
+    assert not (tmp_path / "bombed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8 + b"{}", b"\x02" + bytes(7) + b"{}", b"text that is none of it"])
+def test_a_bad_safetensors_file_is_named(content, tmp_path, capsys):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    line = one_line(capsys, "evaluate/evaluate_classify.py", "--npy_path", "x", "--model_path", path)[-1]
+    assert line.startswith(f"{path}: ")
+
+
+# Flags and devices
+
+FLAGS = [
+    ("train/train_diffusion.py", "--batch_size", "-1", "0 or more"),
+    ("train/train_diffusion.py", "--batch_size", "0", "1 or more"),
+    ("train/train_diffusion.py", "--batch_size", "many", "not a whole number"),
+    ("train/train_diffusion.py", "--batch_size", "1.5", "not a whole number"),
+    ("train/train_diffusion.py", "--learning_rate", "nan", "finite"),
+    ("train/train_diffusion.py", "--learning_rate", "inf", "finite"),
+    ("train/train_diffusion.py", "--compile", "maybe", "neither true nor false"),
+    ("train/train_diffusion.py", "--amp_dtype", "float8", "not one of"),
+    ("train/train_diffusion.py", "--epochs", "1000000000", "1000000 or less"),
+    ("train/train_diffusion.py", "--batchsize", "3", "unrecognized"),
+    ("train/train_diffusion.py", "--device", "tpu", "not one of"),
+    ("evaluate/evaluate_fld.py", "--num_ode_steps", "1000000000", "10000 or less"),
+    ("evaluate/evaluate_fld.py", "--num_splits", "0", "1 or more"),
+    ("simulate/simulate_lenses.py", "--num_per_class", "1e9", "not a whole number"),
+    ("evaluate/evaluate_classify.py", "--model_path", "m.pt", "--npy_path"),
+]
+
+
+@pytest.mark.parametrize(("script", "flag", "value", "complaint"), FLAGS, ids=[f"{f} {v}" for _, f, v, _ in FLAGS])
+def test_a_bad_flag_is_named(script, flag, value, complaint, capsys):
+    (line,) = one_line(capsys, script, flag, value)
+    assert flag in line or complaint == "--npy_path"
+    assert complaint in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "script", ["train/train_diffusion.py", "train/train_classifier.py", "evaluate/evaluate_fld.py"]
+)
+def test_a_device_that_is_not_there_is_named(script, capsys):
+    (line,) = one_line(capsys, script, "--device", "cuda")
+    assert "no cuda device on this machine: --device auto takes what is there" in line
+
+
+# Weights to share
+
+
+def test_exported_weights_stand_in_for_their_checkpoint(checkpoint, classifier, lens_data, tmp_path, capsys):
+    from evaluate.evaluate_fld import generate_image, load_model
+    from models.classifier import load_classifier
+
+    for source, name in ((checkpoint, "generator"), (classifier, "classifier")):
+        path = tmp_path / f"{name}.safetensors"
+        run_script("train/export_weights.py", "--checkpoint_path", source, "--output_path", path)
+        assert f"{path}: " in capsys.readouterr().out
+        assert load_checkpoint(path)["epoch"] == load_checkpoint(source)["epoch"]
+    of_checkpoint, of_weights = (
+        generate_image(load_model(path, "cpu"), 1, ode_steps=2)
+        for path in (checkpoint, tmp_path / "generator.safetensors")
+    )
+    assert torch.equal(of_checkpoint, of_weights)
+    assert of_checkpoint.std() > 0
+    exported = load_classifier(tmp_path / "classifier.safetensors")
+    assert exported.image_size == 32
+    for name, value in load_classifier(classifier).state_dict().items():
+        assert torch.equal(exported.state_dict()[name], value)
+
+
+def test_a_changed_number_in_exported_weights_is_found(checkpoint, tmp_path, capsys):
+    path = tmp_path / "w.safetensors"
+    run_script("train/export_weights.py", "--checkpoint_path", checkpoint, "--output_path", path)
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(Exception, match="checksum does not match"):
+        load_checkpoint(path)
+    lines = one_line(capsys, "train/export_weights.py", "--checkpoint_path", checkpoint, "--output_path", "w.pt")
+    assert lines[-1].endswith("its name must end in .safetensors")
+
+
+# At random
+
+
+@pytest.mark.parametrize("cases", [600, pytest.param(10_000, marks=pytest.mark.long)])
+def test_damaged_files_end_in_an_error_or_a_right_result(cases, checkpoint, tmp_path):
+    grown = fuzz(cases, sorted((DATA / "published_format").rglob("*.npy")), checkpoint, tmp_path, seed=0)
+    assert grown < 100e6
