@@ -40,7 +40,7 @@ def straight(lens_data, tmp_path_factory):
     ("training", "kills"),
     [
         ("diffusion", 20),
-        ("classifier", 2),
+        ("classifier", 1),
         pytest.param("diffusion", 500, marks=pytest.mark.long),
         pytest.param("classifier", 20, marks=pytest.mark.long),
     ],
@@ -317,7 +317,7 @@ def test_memory_and_open_files_do_not_grow(lens_data, tmp_path, steps):
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe()
     flags = [*map(str, TINY_TRAINING), "--data_dir", str(lens_data), "--output_dir", str(tmp_path)]
-    flags += ["--batch_size", "1", "--epochs", str(steps // 108 + 1), "--sample_interval", "1"]  # 108 steps an epoch
+    flags += ["--batch_size", "1", "--epochs", str(steps // 108 + 1), "--sample_interval", "5"]  # 108 steps an epoch
     process = context.Process(target=train_and_watch, args=("train.train_diffusion", flags, sender))
     process.start()
     sender.close()
