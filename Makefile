@@ -2,7 +2,7 @@
 #             ends with demo/lenses.png, demo/evaluation/report.html and a table of scores. Run it again to go on where
 #             it was stopped.
 # make test   installs into .venv and runs every test, but for the long versions of some.
-# make test-long   runs those: 500 kills of a training, 10,000 damaged files, 20,000 steps. Half an hour.
+# make test-long   runs those: 500 kills of a training, 10,000 damaged files, 20,000 steps. An hour or so.
 # make lint   checks style and format.
 
 PYTHON ?= python3
