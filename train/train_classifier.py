@@ -93,7 +93,7 @@ def main() -> None:
             steps_per_epoch=steps_per_epoch,
             sums=(total_loss, correct, seen),
             history=history,
-            settings=settings.constants(globals()) | {"training images": len(train)},
+            settings=settings.constants(globals()),
         )
         keep_newest(folder, "resnet18_step_*.pt", 2)
 

@@ -142,7 +142,7 @@ def main() -> None:
             skipped_in_epoch=skipped,
             global_step=epoch * steps_per_epoch + step,
             history=history,
-            settings=settings.constants(globals()) | {"training images": len(dataset)},
+            settings=settings.constants(globals()),
         )
         remove_others(path, history)
         tqdm.write(f"saved {path}")
