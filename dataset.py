@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from files import whole
+from files import save_array
 from settings import InputError
 
 CLASSES = ("axion", "cdm", "no_sub")  # alphabetical, as the published labels 0, 1, 2
@@ -294,8 +294,7 @@ def _list_files(root: Path) -> list[tuple[str, int, int, int]]:
 def _write_cache(path: Path, packed: np.ndarray) -> None:
     """Writes the cache of a folder in place of its older ones; it appears whole or not at all."""
     try:
-        with whole(path) as file:
-            np.save(file, packed)
+        save_array(path, packed)
         for old in path.parent.glob(".lens_cache_*.npy"):
             if old != path:
                 old.unlink(missing_ok=True)  # another script may be at the same

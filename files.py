@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 
 @contextmanager
 def whole(path: str | Path, sync: bool = False) -> Iterator[BinaryIO]:
@@ -32,3 +34,9 @@ def whole(path: str | Path, sync: bool = False) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
+
+
+def save_array(path: str | Path, array: np.ndarray) -> None:
+    """Writes a .npy file, whole or not at all."""
+    with whole(path) as file:
+        np.save(file, array)

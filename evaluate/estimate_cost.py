@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed
 import settings
 from dataset import CLASSES
-from files import whole
+from files import save_array
 from models import flow
 from models.model import SIZES, NanoDiT
 from train.train_diffusion import duration, seconds_an_image
@@ -57,8 +57,9 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory(dir=OUTPUT_DIR) as folder:
         path = Path(folder)
-        rates["one file an image"] = 500 / seconds(lambda: [save(path / f"{i}.npy", images[i]) for i in range(500)])
-        rates["one file for all"] = len(images) / seconds(lambda: save(path / "all.npy", images))
+        paths = [path / f"{i}.npy" for i in range(500)]
+        rates["one file an image"] = 500 / seconds(lambda: list(map(save_array, paths, images)))
+        rates["one file for all"] = len(images) / seconds(lambda: save_array(path / "all.npy", images))
     sums = distributed.total(*rates.values())
     rates = {name: rate / distributed.size() for name, rate in zip(rates, sums, strict=True)}
     processes, traffic, network = distributed.size(), 4 * len(gradient), NETWORK_GB_PER_S * 1e9
@@ -84,11 +85,6 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> float:
             torch.cuda.synchronize()
         found.append(time.perf_counter() - started)
     return min(found[1:])
-
-
-def save(path: Path, images: np.ndarray) -> None:
-    with whole(path) as file:
-        np.save(file, images)
 
 
 def print_generating(rates: dict[str, float]) -> None:

@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as _URL_INCEPTION
@@ -29,7 +28,7 @@ import settings
 from dataset import CLASSES, NpyDataset
 from evaluate import report
 from evaluate.figures import Reference
-from files import whole
+from files import save_array, whole
 from models import flow
 from models.checkpoint import build_generator, load_checkpoint
 from models.classifier import load_classifier
@@ -219,8 +218,7 @@ def generate_to_folder(model: NanoDiT, folder: Path, count: int, source: dict[st
             number = label * _CLASS_STRIDE + first
             images = generate(model, labels, steps, scale, source["seed"], BATCH_SIZE, number)
             for path, image in zip(paths, images, strict=True):
-                with whole(path) as file:
-                    np.save(file, image[0].numpy())
+                save_array(path, image[0].numpy())
         bar.update(len(paths))
 
     with bar:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
-from files import whole
+from files import save_array
 
 DATA_DIR = "data"  # Where the images go
 NUM_PER_CLASS = 5000  # Images of each class; the published set has 30000
@@ -209,8 +209,7 @@ def simulate_to_file(folder: Path, convention: str, row: dict[str, Any]) -> None
     masses, positions = point_masses(row)
     halo = einstein_radius(_HALO_MASS, convention)
     image = render(row["source_xy"], einstein_radius(masses, convention), positions, halo)
-    with whole(image_path(folder, row)) as file:
-        np.save(file, image.astype(np.float32))
+    save_array(image_path(folder, row), image.astype(np.float32))
 
 
 def image_path(folder: Path, row: dict[str, Any]) -> Path:

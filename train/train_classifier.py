@@ -108,15 +108,16 @@ def main() -> None:
             loss = F.cross_entropy(logits.float(), labels)
             optimizer.zero_grad()
             loss.backward()
+            value = loss.item()
             try:
                 global_step = (epoch - 1) * steps_per_epoch + step
-                check_finite(global_step, optimizer.param_groups[-1]["lr"], loss=loss.item())
+                check_finite(global_step, optimizer.param_groups[-1]["lr"], loss=value)
             except InputError:
                 save(epoch - 1, step - 1)
                 raise
             optimizer.step()
             scheduler.step()
-            total_loss += loss.item() * len(labels)
+            total_loss += value * len(labels)
             correct += (logits.argmax(1) == labels).sum().item()
             seen += len(labels)
             bar.set_postfix(loss=f"{total_loss / seen:.4f}", accuracy=f"{correct / seen:.3f}", refresh=False)
