@@ -7,7 +7,7 @@ import torch
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-_ROWS = 1024  # of a matrix of distances, held in memory at once
+_ROWS = 256  # of a matrix of distances, held in memory at once
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
 _FLD_IMAGES = 3000  # of each sample at most, evenly from it
 _FLD_STEPS = 20  # of expectation maximization
@@ -105,23 +105,27 @@ def feature_likelihood_divergence(train: Tensor, test: Tensor, other: Tensor) ->
 
 def _negative_log_likelihood(centres: Tensor, fitted_to: Tensor, of: list[Tensor]) -> list[float]:
     """A dimension, of samples under equal Gaussians on ``centres`` whose widths are most likely for ``fitted_to``."""
-    dimension = centres.shape[1]
+    dimension, wide = centres.shape[1], centres.double()
 
     def log_likelihoods(squares: Tensor, variance: Tensor) -> Tensor:
         return -0.5 * (squares / variance + dimension * torch.log(2 * math.pi * variance)) - math.log(len(centres))
 
     def squared_distances(x: Tensor) -> Tensor:  # in float64: those of copies are differences of equal numbers
-        return torch.cdist(x.double(), centres.double()).square().float()
+        return torch.cat([torch.cdist(part.double(), wide).square().float() for part in x.split(_ROWS)])
 
     squares = squared_distances(fitted_to)
     # From the nearest image, as published: a wider start ends in far less likely widths
     variance = (squares.amin(0) / dimension).clamp_min(_FLD_LEAST_VARIANCE)
     for _ in range(_FLD_STEPS):  # expectation maximization in closed form, the centres being fixed
-        share = log_likelihoods(squares, variance).softmax(1)
-        mass = share.sum(0)
-        fitted = (share * squares).sum(0) / (dimension * mass).clamp_min(1e-30)
+        mass, spread = torch.zeros_like(variance), torch.zeros_like(variance)
+        for part in squares.split(_ROWS):
+            share = log_likelihoods(part, variance).softmax(1)
+            mass += share.sum(0)
+            spread += (share * part).sum(0)
+        fitted = spread / (dimension * mass).clamp_min(1e-30)
         variance = torch.where(mass > 1e-6, fitted, variance).clamp_min(_FLD_LEAST_VARIANCE)
-    return [-log_likelihoods(squared_distances(x), variance).logsumexp(1).mean().item() / dimension for x in of]
+    found = ([log_likelihoods(squared_distances(part), variance).logsumexp(1) for part in x.split(_ROWS)] for x in of)
+    return [-torch.cat(parts).mean().item() / dimension for parts in found]
 
 
 def wasserstein(a: Tensor, b: Tensor, period: float | None = None) -> float:
