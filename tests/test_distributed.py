@@ -62,9 +62,15 @@ def _process(rank, size, port, sender, work, arguments):
     sender.send((rank, value))
 
 
-def run_and_listen(script: str, flags: list) -> tuple[list[float], str]:
-    """Losses of all steps of this process's part, and what the script printed."""
-    losses = []
+def run_and_listen(script: str, flags: list) -> tuple[list[float], str, set[str]]:
+    """Losses of all steps of this process's part, what the script printed, and the files of OUTPUT_DIR it wrote to."""
+    losses, written, output = [], set(), str(flags[-1])
+
+    def watch(event, arguments):
+        if event == "open" and str(arguments[0]).startswith(output) and "w" in (arguments[1] or ""):
+            written.add(arguments[0])
+
+    sys.addaudithook(watch)
 
     def listen(*values, original=distributed.total):
         sums = original(*values)
@@ -72,7 +78,7 @@ def run_and_listen(script: str, flags: list) -> tuple[list[float], str]:
         return sums
 
     distributed.total = listen
-    return losses, run_quietly(script, flags)
+    return losses, run_quietly(script, flags), written
 
 
 def run_quietly(script: str, flags: list) -> str:
@@ -116,7 +122,7 @@ def one(flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     original = distributed.total
     try:
-        losses, _ = run_and_listen("train/train_diffusion.py", [*flags, "--output_dir", folder])
+        losses, *_ = run_and_listen("train/train_diffusion.py", [*flags, "--output_dir", folder])
     finally:
         distributed.total = original
     return losses, folder
@@ -126,10 +132,11 @@ def test_two_processes_give_the_losses_of_one_and_one_of_them_writes(flags, one,
     found = in_processes(2, run_and_listen, "train/train_diffusion.py", [*flags, "--output_dir", tmp_path])
     straight, folder = one
     assert len(straight) == 56
-    for losses, _ in found:
+    for losses, *_ in found:
         np.testing.assert_allclose(losses, straight, rtol=1e-5)
     assert "2 processes" in found[0][1]
-    assert found[1][1] == ""
+    assert found[0][2]
+    assert found[1][1:] == ("", set())
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == names
     assert [row["epoch"] for row in history_of(tmp_path)] == list(range(1, 9))

@@ -174,6 +174,15 @@ def test_a_file_that_is_not_finished_never_appears(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
+def test_who_reads_a_file_while_it_is_written_anew_reads_the_old_one(tmp_path):
+    (tmp_path / "x").write_text("old")
+    with open(tmp_path / "x") as reader:
+        with whole(tmp_path / "x") as file:
+            file.write(b"new")
+        assert reader.read() == "old"
+    assert (tmp_path / "x").read_text() == "new"
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1.5 MB."""
