@@ -117,12 +117,13 @@ def test_a_changed_number_is_found(tmp_path):
             load_checkpoint(path)
 
 
-def test_the_newest_checkpoints_and_the_best_are_kept(train, monkeypatch):
+@pytest.mark.parametrize(("keep", "kept"), [(1, "26"), (2, "256"), (4, "23456"), (9, "123456")])
+def test_the_newest_checkpoints_and_the_best_are_kept(train, monkeypatch, keep, kept):
     losses = iter([5.0, 1.0, 4.0, 3.0, 2.0, 6.0])
     monkeypatch.setattr(train_diffusion, "validation_loss", lambda *args: next(losses))
-    run = train(EPOCHS=6, CHECKPOINT_SAVE_INTERVAL=1, CHECKPOINT_SAVE_STEPS=3, KEEP_CHECKPOINTS=2, SAMPLE_INTERVAL=9)
+    run = train(EPOCHS=6, CHECKPOINT_SAVE_INTERVAL=1, CHECKPOINT_SAVE_STEPS=3, KEEP_CHECKPOINTS=keep, SAMPLE_INTERVAL=9)
     names = sorted(path.name for path in (run / "dit_conditional_ckpts").iterdir())
-    assert names == [f"dit_conditional_{name}.pt" for name in ("epoch_2", "epoch_5", "epoch_6", "final")]
+    assert names == [f"dit_conditional_{name}.pt" for name in (*(f"epoch_{n}" for n in kept), "final")]
 
 
 def test_validation_is_of_the_same_noise_every_time_and_of_all_classes(train, generator_run, lens_data):

@@ -70,7 +70,7 @@ def advance(scheduler: torch.optim.lr_scheduler.LRScheduler, steps: int) -> None
 def keep_newest(folder: Path, pattern: str, count: int, but: Path | None = None) -> None:
     """Removes older checkpoints, all ``but`` one."""
     newest_last = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
-    for path in newest_last[: len(newest_last) - count]:
+    for path in newest_last[: max(0, len(newest_last) - count)]:
         if path != but:
             path.unlink()
 
