@@ -8,6 +8,7 @@ Nothing here knows a network: ``velocity`` is any function of z (n, 1, h, w), t 
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -30,12 +31,20 @@ def velocity_from_image(image: Tensor, z: Tensor, t: Tensor) -> Tensor:
     return (z - image) / _per_image(t, z).clamp_min(1e-3)
 
 
-def velocity_loss(velocity: Tensor, x: Tensor, noise: Tensor, t: Tensor, t_floor: float = 0.0) -> Tensor:
+def velocity_loss(
+    velocity: Tensor,
+    x: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    t_floor: float = 0.0,
+    weigh: Callable[[Tensor], Tensor] = lambda error: error,
+) -> Tensor:
     """Mean squared error of a velocity against noise - x (arXiv:2210.02747, Eq. 23).
 
-    ``t_floor=T_FLOOR`` keeps the weight of a clean-image prediction finite as t goes to 0 (arXiv:2511.13720).
+    ``t_floor=T_FLOOR`` keeps the weight of a clean-image prediction finite as t goes to 0 (arXiv:2511.13720), and
+    ``weigh`` is a linear map of errors (n, ...) that says which of them count.
     """
-    error = (velocity - (noise - x)).square().flatten(1).mean(1)
+    error = weigh(velocity - (noise - x)).square().flatten(1).mean(1)
     if t_floor:
         error = error * (t / t_floor).clamp_max(1).square()
     return error.mean()
@@ -82,12 +91,57 @@ def guided(velocity: Velocity, null_label: int, scale: float | None) -> Velocity
     return velocity_with_guidance
 
 
-def euler(velocity: Velocity, z: Tensor, labels: Tensor, steps: int) -> Tensor:
-    """Integrates dz/dt = velocity from t = 1 to t = 0 in equal steps; the error falls as 1 / steps."""
-    for i in range(steps, 0, -1):
-        t = torch.full((len(z),), i / steps, device=z.device)
-        z = z - velocity(z, t, labels) / steps
+def time_grid(steps: int, shift: float = 1.0) -> list[float]:
+    """Times from 1 to 0; equal steps, or, with a ``shift`` above 1, more of them near the noise.
+
+    shift u / (1 + (shift - 1) u) for equal steps of u (Esser et al. 2024, arXiv:2403.03206, Eq. 23).
+    """
+    return [shift * u / (1 + (shift - 1) * u) for u in (i / steps for i in range(steps, -1, -1))]
+
+
+def euler(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Tensor:
+    """Integrates dz/dt = velocity along ``times``, from 1 to 0; one pass a step, and the error falls as 1 / steps."""
+    for t, after in pairwise(times):
+        z = z + (after - t) * velocity(z, _times(t, z), labels)
     return z
+
+
+def heun(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Tensor:
+    """As ``euler``, with the mean of the velocities at both ends of a step (arXiv:2206.00364, Algorithm 1).
+
+    Two passes a step, but one for the last; the error falls as 1 / steps^2.
+    """
+    for t, after in pairwise(times):
+        slope = velocity(z, _times(t, z), labels)
+        ahead = z + (after - t) * slope
+        if after > 0:
+            slope = (slope + velocity(ahead, _times(after, z), labels)) / 2
+            ahead = z + (after - t) * slope
+        z = ahead
+    return z
+
+
+def multistep(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Tensor:
+    """As ``euler``, with the velocity in the middle of a step extrapolated from the two last ones (Adams-Bashforth).
+
+    One pass a step, and the error falls as 1 / steps^2. The last step is Euler's: it ends in the predicted clean image.
+    """
+    before = before_t = None
+    for t, after in pairwise(times):
+        slope = velocity(z, _times(t, z), labels)
+        middle = slope
+        if before is not None and after > 0:
+            middle = slope + (after - t) / (2 * (t - before_t)) * (slope - before)
+        z = z + (after - t) * middle
+        before, before_t = slope, t
+    return z
+
+
+SOLVERS = {"euler": euler, "heun": heun, "multistep": multistep}
+
+
+def _times(t: float, like: Tensor) -> Tensor:
+    return torch.full((len(like),), t, device=like.device)
 
 
 def noise_images(shape: tuple[int, ...], seed: int, first: int, count: int) -> Tensor:
@@ -108,6 +162,8 @@ def sample(
     batch_size: int = 128,
     first: int = 0,
     show_progress: bool = True,
+    solver: str = "euler",
+    shift: float = 1.0,
 ) -> Tensor:
     """New images, one for each label.
 
@@ -115,10 +171,12 @@ def sample(
         labels: class of each image, (n,), on the device to compute on.
         shape: of one image, (1, h, w).
         null_label: the label that stands for no class.
-        steps: Euler steps from noise to image.
+        steps: from noise to image.
         cfg_scale: guidance scale; 1 or None turns guidance off.
         seed: image k of a seed is the same whatever the batch size, the device or the number of images.
         first: number k of the first image.
+        solver: name of one of ``SOLVERS``.
+        shift: of the times, see ``time_grid``.
 
     Returns:
         (n, *shape) float32, in the range the network was trained on, not clipped.
@@ -128,7 +186,7 @@ def sample(
     with tqdm(total=len(labels), unit="image", desc="generating", disable=not show_progress, leave=False) as bar:
         for batch in labels.split(batch_size):
             noise = noise_images(shape, seed, first + bar.n, len(batch)).to(labels.device)
-            images.append(euler(velocity, noise, batch, steps))
+            images.append(SOLVERS[solver](velocity, noise, batch, time_grid(steps, shift)))
             bar.update(len(batch))
     return torch.cat(images)
 

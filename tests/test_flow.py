@@ -36,6 +36,14 @@ def test_loss_of_an_image_prediction_is_its_error_over_t_but_no_more_than_20_tim
         assert loss.item() == pytest.approx(0.01 * weight, rel=1e-2)
 
 
+def test_a_loss_can_weigh_errors():
+    """One that sees the mean of an image alone takes no notice of the rest."""
+    x, noise, t = torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.tensor([0.5, 0.5])
+    velocity = torch.tensor([[1.0, -1, 1, -1], [2, 2, 2, 2]]).view(2, 1, 2, 2)
+    loss = flow.velocity_loss(velocity, x, noise, t, weigh=lambda error: error.flatten(1).mean(1, keepdim=True))
+    assert loss.item() == (0 + 4) / 2
+
+
 def test_times_are_distributed_as_their_name_says():
     random = flow.generator_of(0, 1)
     uniform, logit_normal = (flow.draw_times(40000, name, random) for name in ("uniform", "logit_normal"))
@@ -77,21 +85,51 @@ def gaussian_velocity(mean: float, std: float):
     return velocity
 
 
-def test_euler_follows_the_exact_solution_with_error_1_over_steps():
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("multistep", 2)])
+@pytest.mark.parametrize("shift", [1, 2])
+def test_a_solver_follows_the_exact_solution_with_the_error_of_its_order(solver, order, shift):
     velocity = gaussian_velocity(mean=0.7, std=0.3)
     noise = torch.randn(200, 1, 2, 2, dtype=torch.float64)
     exact = 0.7 + 0.3 * noise  # the flow of a Gaussian to a Gaussian only shifts and scales
     labels = torch.zeros(200, dtype=torch.long)
-    errors = [(flow.euler(velocity, noise, labels, n) - exact).abs().max().item() for n in (50, 100, 200, 400)]
-    ratios = np.array(errors[:-1]) / errors[1:]
-    np.testing.assert_allclose(ratios, 2, rtol=0.06)
+
+    def error(steps):
+        return (flow.SOLVERS[solver](velocity, noise, labels, flow.time_grid(steps, shift)) - exact).abs().max().item()
+
+    errors = [error(n) for n in (100, 200, 400)]
+    np.testing.assert_allclose(np.array(errors[:-1]) / errors[1:], 2**order, rtol=0.06)
     assert errors[-1] < 0.01
 
 
-def test_each_euler_step_takes_the_velocity_at_its_start_and_none_at_the_clean_image():
+@pytest.mark.parametrize(
+    ("solver", "passes"),
+    [
+        ("euler", [1.0, 0.75, 0.5, 0.25]),
+        ("multistep", [1.0, 0.75, 0.5, 0.25]),
+        ("heun", [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]),
+    ],
+)
+def test_no_solver_takes_the_velocity_at_the_clean_image(solver, passes):
     times = []
-    flow.euler(lambda z, t, labels: times.append(t.tolist()) or z, torch.zeros(2, 1, 2, 2), torch.zeros(2), steps=4)
-    assert times == [[1.0, 1.0], [0.75, 0.75], [0.5, 0.5], [0.25, 0.25]]
+    z, labels = torch.zeros(2, 1, 2, 2), torch.zeros(2)
+    flow.SOLVERS[solver](lambda z, t, labels: times.append(t.tolist()) or z, z, labels, flow.time_grid(4))
+    assert times == [[t, t] for t in passes]
+
+
+@pytest.mark.parametrize("solver", flow.SOLVERS)
+def test_a_perfect_clean_image_prediction_needs_one_step(solver):
+    image = torch.randn(3, 1, 2, 2)
+    noise = torch.randn(3, 1, 2, 2)
+    for steps, shift in [(1, 1), (2, 1), (5, 3)]:
+        found = flow.SOLVERS[solver](
+            lambda z, t, labels: flow.velocity_from_image(image, z, t), noise, None, flow.time_grid(steps, shift)
+        )
+        torch.testing.assert_close(found, image)
+
+
+def test_a_shifted_grid_runs_from_1_to_0_and_is_denser_near_the_noise():
+    assert flow.time_grid(4) == [1, 0.75, 0.5, 0.25, 0]
+    assert flow.time_grid(4, 3) == pytest.approx([1, 0.9, 0.75, 0.5, 0])  # 3 u / (1 + 2 u)
 
 
 def by_label(z, t, labels):
