@@ -45,7 +45,7 @@ def main() -> None:
     null = len(CLASSES)
 
     def generate() -> None:
-        flow.sample(model, labels, model.image_shape, null, NUM_ODE_STEPS, CFG_SCALE, 0, BATCH_SIZE, 0, False).cpu()
+        flow.sample(model, labels, model.sample_shape, null, NUM_ODE_STEPS, CFG_SCALE, 0, BATCH_SIZE, 0, False).cpu()
 
     images = np.zeros((4096, 64, 64), np.float32)
     held, order = torch.from_numpy(images), torch.randperm(4096)[:BATCH_SIZE]

@@ -157,10 +157,10 @@ def generate(
     first: int = 0,
 ) -> Tensor:
     """One lens for each label, images first, first + 1, ... of a seed, (n, 1, 64, 64) float32 in [0, 1], on the CPU."""
-    images = flow.sample(
+    samples = flow.sample(
         model,
         labels.to(model.pos_embed.device),
-        model.image_shape,
+        model.sample_shape,
         model.num_classes,
         ode_steps,
         cfg_scale,
@@ -168,7 +168,7 @@ def generate(
         batch_size,
         first,
     )
-    return flow.to_unit_range(images).cpu()
+    return flow.to_unit_range(model.decode(samples)).cpu()
 
 
 def images_to_score(folder: str, checkpoint: str | None, count: int) -> tuple[NpyDataset, dict[str, Any]]:

@@ -19,7 +19,12 @@ SIZES = {
     "NanoDiT-B/4": {"patch_size": 4, "hidden_size": 512, "depth": 6, "num_heads": 8, "prediction": "velocity"},
     "NanoDiT-S/8": {"patch_size": 8, "hidden_size": 192, "depth": 6, "num_heads": 3, "prediction": "image"},
     "NanoDiT-S/16": {"patch_size": 16, "hidden_size": 192, "depth": 6, "num_heads": 3, "prediction": "image"},
+    "NanoDiT-S/64": {
+        **{"patch_size": 64, "patch_basis": 512, "hidden_size": 280, "depth": 3, "num_heads": 4, "prediction": "image"}
+    },
 }
+
+_FAINTEST = 0.06  # of the brightest principal component: with 0.01, the bright ones are learned too late
 
 
 class NanoDiT(nn.Module):
@@ -35,6 +40,10 @@ class NanoDiT(nn.Module):
         prediction: what the last layer predicts, the "velocity" or the clean "image" (arXiv:2511.13720); ``forward``
             returns a velocity in either case.
         gelu: "tanh" as DiT has it, or "none", the exact function that the published NanoDiT had.
+        patch_basis: 0, or the number of principal components that stand for a patch; see ``PatchBasis``.
+
+    Attributes:
+        sample_shape: of what the flow is of: an image (c, h, w), or with a patch basis (tokens, patch_basis).
     """
 
     def __init__(
@@ -50,6 +59,7 @@ class NanoDiT(nn.Module):
         timestep_freq_scale: float = 1000.0,
         prediction: str = "velocity",
         gelu: str = "tanh",
+        patch_basis: int = 0,
     ):
         super().__init__()
         self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -58,29 +68,63 @@ class NanoDiT(nn.Module):
                 f"patches of {patch_size} must tile {input_size} pixels, and a width of {hidden_size} must be a "
                 f"multiple of 4 and of its {num_heads} heads"
             )
+        if patch_basis and prediction != "image":
+            raise ValueError('a patch_basis needs prediction="image": noise has no principal components')
         self.image_shape = (in_channels, input_size, input_size)
         self.patch_size = patch_size
         self.num_tokens = (input_size // patch_size) ** 2
+        self.sample_shape = (self.num_tokens, patch_basis) if patch_basis else self.image_shape
         self.num_classes = num_classes
         self.prediction = prediction
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        numbers = patch_size * patch_size * in_channels
+        self.patch_basis = PatchBasis(numbers, patch_basis) if patch_basis else None
+        self.x_embedder = (
+            nn.Linear(patch_basis, hidden_size) if patch_basis else PatchEmbed(patch_size, in_channels, hidden_size)
+        )
         self.t_embedder = TimestepEmbedder(hidden_size, timestep_freq_scale)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.pos_embed = nn.Parameter(
             sincos_positions(hidden_size, input_size // patch_size)[None], requires_grad=False
         )
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, gelu) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_basis or numbers)
         self._initialize()
 
     def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """z (n, c, h, w), t (n,) in [0, 1], labels (n,) in 0..num_classes -> velocity (n, c, h, w)."""
-        tokens = self.x_embedder(z) + self.pos_embed
+        """z (n, *sample_shape), t (n,) in [0, 1], labels (n,) in 0..num_classes -> velocity (n, *sample_shape)."""
+        tokens = self.x_embedder(z if self.patch_basis is None else self.patch_basis.standardize(z, t)) + self.pos_embed
         condition = self.t_embedder(t) + self.y_embedder(labels)
         for block in self.blocks:
             tokens = block(tokens, condition)
-        out = self._unpatchify(self.final_layer(tokens, condition))
+        out = self.final_layer(tokens, condition)
+        out = self._unpatchify(out) if self.patch_basis is None else out.float() * self.patch_basis.spread
         return flow.velocity_from_image(out.float(), z, t) if self.prediction == "image" else out
+
+    def fit_basis(self, images: Tensor) -> None:
+        """Sets the patch basis, if there is one, to the principal components of training images (n, c, h, w)."""
+        if self.patch_basis is not None:
+            if len(images) * self.num_tokens < len(self.patch_basis.spread):
+                raise ValueError(f"{len(images)} images are too few for a patch basis")
+            self.patch_basis.fit(self._patchify(images).flatten(0, 1))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (n, c, h, w) to what the flow is of, (n, *sample_shape)."""
+        return images if self.patch_basis is None else self.patch_basis.encode(self._patchify(images))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The inverse of ``encode``."""
+        return z if self.patch_basis is None else self._unpatchify(self.patch_basis.decode(z))
+
+    def weigh(self, error: Tensor) -> Tensor:
+        """Errors of a velocity as the loss counts them."""
+        return error if self.patch_basis is None else self.patch_basis.weigh(error)
+
+    def _patchify(self, images: Tensor) -> Tensor:
+        """(n, c, h, w) -> (n, tokens, patch * patch * c)."""
+        n, c, h, w = images.shape
+        p = self.patch_size
+        patches = torch.einsum("nchpwq->nhwpqc", images.view(n, c, h // p, p, w // p, p))
+        return patches.reshape(n, self.num_tokens, p * p * c)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """(n, tokens, patch * patch * c) -> (n, c, h, w)."""
@@ -95,8 +139,9 @@ class NanoDiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(len(self.x_embedder.proj.weight), -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        if self.patch_basis is None:
+            nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(len(self.x_embedder.proj.weight), -1))
+            nn.init.zeros_(self.x_embedder.proj.bias)
         for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
         for layer in [block.adaLN_modulation[1] for block in self.blocks] + [
@@ -116,6 +161,49 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class PatchBasis(nn.Module):
+    """Patches as coefficients of the first principal components of clean ones.
+
+    The bottleneck of arXiv:2511.13720 (Sec. 4.3), with fixed weights. Clean images span few directions of the many that
+    noise fills, and most of those with little light: in pixels, training learns the faint ones last. The vectors are
+    orthonormal, so that Gaussian noise in pixels is Gaussian noise in coefficients, and the flow is the same in both.
+
+    Args:
+        numbers: in a patch.
+        size: number of components.
+    """
+
+    def __init__(self, numbers: int, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("vectors", torch.zeros(numbers, size))
+        self.register_buffer("spread", torch.ones(size))
+
+    def fit(self, patches: Tensor, most: int = 8192) -> None:
+        """Principal components (Halko et al. 2009, arXiv:0909.4061) of at most ``most`` of the patches (n, numbers)."""
+        some = patches[:: -(-len(patches) // most)]
+        self.mean.copy_(some.mean(0))
+        self.vectors.copy_(torch.pca_lowrank(some - self.mean, self.spread.numel(), center=False)[2])
+        self.spread.copy_(self.encode(some).std(0).clamp_min(1e-4))
+
+    def encode(self, patches: Tensor) -> Tensor:
+        """(..., numbers) -> (..., size)."""
+        return (patches - self.mean) @ self.vectors
+
+    def decode(self, coefficients: Tensor) -> Tensor:
+        """(..., size) -> (..., numbers)."""
+        return self.mean + coefficients @ self.vectors.T
+
+    def weigh(self, errors: Tensor) -> Tensor:
+        """Errors of coefficients in units of their spread, or of ``_FAINTEST`` of the largest one if that is more."""
+        return errors / (self.spread.square() + (_FAINTEST * self.spread[0]).square()).sqrt()
+
+    def standardize(self, z: Tensor, t: Tensor) -> Tensor:
+        """Noisy coefficients (n, tokens, size) at times t (n,) to unit variance."""
+        t = t[:, None, None]
+        return z / (((1 - t) * self.spread).square() + t.square()).sqrt()
 
 
 class TimestepEmbedder(nn.Module):
@@ -191,12 +279,12 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (n, tokens, width) to patches (n, tokens, patch * patch * channels)."""
+    """Tokens (n, tokens, width) to what a patch has (n, tokens, outputs): pixels, or coefficients of the basis."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+    def __init__(self, hidden_size: int, outputs: int):
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.linear = nn.Linear(hidden_size, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

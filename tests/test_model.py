@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from models import flow
 from models.model import SIZES, NanoDiT
 
 SMALL = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 4, "num_classes": 3}
@@ -150,3 +151,74 @@ def test_every_class_and_no_class_give_different_velocities():
     z, t = torch.randn(1, 1, 8, 8).expand(4, -1, -1, -1), torch.full((4,), 0.5)
     out = model(z, t, torch.arange(4))
     assert all(not torch.allclose(out[i], out[j]) for i in range(4) for j in range(i))
+
+
+# Patches as coefficients of principal components
+
+
+def basis_model() -> tuple[NanoDiT, torch.Tensor]:
+    """A random network whose basis is fitted to images of few directions, and such images."""
+    model = random_model(prediction="image", patch_size=4, patch_basis=5)
+    generator = torch.Generator().manual_seed(2)
+    few = torch.randn(200 * 4, 5, generator=generator) * torch.tensor([3.0, 1, 0.3, 0.1, 0.03])
+    images = model._unpatchify((0.5 + few @ torch.randn(5, 16, generator=generator)).view(200, 4, 16))
+    model.fit_basis(images)
+    return model, images
+
+
+def test_a_patch_basis_is_orthonormal_and_loses_nothing_of_images_within_it():
+    model, images = basis_model()
+    vectors = model.patch_basis.vectors
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(5), atol=1e-5, rtol=0)
+    coefficients = model.encode(images)
+    assert coefficients.shape == (200, *model.sample_shape) == (200, 4, 5)
+    torch.testing.assert_close(model.decode(coefficients), images, atol=1e-3, rtol=0)
+    patches = model._patchify(images).flatten(0, 1)
+    expected = np.linalg.svd(np.cov(patches.numpy().T))[1][:5] ** 0.5
+    np.testing.assert_allclose(model.patch_basis.spread, expected, rtol=0.01)
+
+
+def test_noisy_coefficients_come_to_the_network_with_unit_variance_at_every_time():
+    model, images = basis_model()
+    x = model.encode(images)
+    for time in (0.01, 0.3, 0.9, 1.0):
+        t = torch.full((200,), time)
+        z = flow.interpolate(x, torch.randn(x.shape), t)
+        torch.testing.assert_close(model.patch_basis.standardize(z, t).std((0, 1)), torch.ones(5), atol=0.12, rtol=0)
+
+
+def test_the_loss_counts_errors_in_units_of_their_spread_but_for_the_faintest():
+    model, _ = basis_model()
+    spread = model.patch_basis.spread
+    error = torch.diag(spread)[:, None]
+    expected = spread / (spread**2 + (0.06 * spread[0]) ** 2).sqrt()
+    torch.testing.assert_close(model.weigh(error)[:, 0].diagonal(), expected)
+    assert expected[0] > 0.99
+    assert expected[-1] < 0.3
+    pixels = torch.randn(2, 1, 8, 8)
+    assert torch.equal(random_model().weigh(pixels), pixels)
+
+
+def test_the_flow_of_coefficients_is_that_of_pixels():
+    """Euler steps from the same noise, in pixels and in coefficients, end in the same image."""
+    model, _ = basis_model()
+    basis = model.patch_basis
+    noise, labels, times = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2]), flow.time_grid(5)
+
+    def in_pixels(z, t, labels):
+        coefficients = (model._patchify(z) - (1 - t).view(-1, 1, 1) * basis.mean) @ basis.vectors
+        image = model.decode(coefficients - t.view(-1, 1, 1) * model(coefficients, t, labels))
+        return flow.velocity_from_image(image, z, t)
+
+    with torch.inference_mode():
+        pixels = flow.euler(in_pixels, noise, labels, times)
+        coefficients = flow.euler(model, model._patchify(noise) @ basis.vectors, labels, times)
+        assert model.decode(coefficients).std() > 0.5
+        torch.testing.assert_close(model.decode(coefficients), pixels, atol=1e-3, rtol=1e-3)
+
+
+def test_a_patch_basis_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match='needs prediction="image"'):
+        NanoDiT(**SMALL, patch_basis=3)
+    with pytest.raises(ValueError, match="too few"):
+        random_model(prediction="image", patch_size=8, patch_basis=20).fit_basis(torch.randn(7, 1, 8, 8))

@@ -9,6 +9,8 @@ from conftest import history_of, run_script
 from ema_pytorch import EMA
 
 import settings
+from dataset import NpyDataset, diffusion_transforms
+from evaluate.evaluate_fld import generate_image, load_model
 from models import flow
 from models.checkpoint import load_checkpoint
 from models.model import SIZES, NanoDiT
@@ -69,6 +71,33 @@ def test_a_batch_larger_than_the_data_is_one_line(train):
         train(BATCH_SIZE=1000)
 
 
+def test_a_patch_basis_is_fitted_trained_with_and_kept_in_the_checkpoint(train, lens_data):
+    run = train(EPOCHS=2, PATCH_SIZE=64, PATCH_BASIS=16)
+    assert history_of(run)[1]["val_loss"] < history_of(run)[0]["val_loss"]
+    model = load_model(run / "dit_conditional_ckpts" / "dit_conditional_final.pt", "cpu")
+    images = diffusion_transforms(NpyDataset(lens_data, None, "train").images)
+    lost = (model.decode(model.encode(images)) - images).square().mean().sqrt()
+    assert lost < 0.15 * images.std()
+    samples = generate_image(model, 1, 2, 1.5, 2)
+    assert samples.shape == (2, 1, 64, 64)
+    assert not torch.allclose(samples[0], samples[1])
+    assert np.load(run / "dit_conditional_npy" / "sample_epoch_2" / "class_1_sample_0.npy").shape == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("constants", "message"),
+    [
+        ({"PATCH_SIZE": 3}, "patches of 3 must tile 64 pixels"),
+        ({"LATENT_DIM": 30}, "a width of 30 must be a multiple of 4"),
+        ({"PATCH_BASIS": 8, "PREDICTION": "velocity"}, 'a patch_basis needs prediction="image"'),
+        ({"PATCH_SIZE": 64, "PATCH_BASIS": 200}, "108 images are too few for a patch basis"),
+    ],
+)
+def test_a_network_that_cannot_be_is_one_line(train, constants, message):
+    with pytest.raises(settings.InputError, match=message):
+        train(**constants)
+
+
 def test_learning_rate_warms_up_and_decays_to_its_minimum(monkeypatch):
     monkeypatch.setattr(train_diffusion, "LEARNING_RATE", 1e-4)
     monkeypatch.setattr(train_diffusion, "MIN_LEARNING_RATE", 1e-6)
@@ -80,7 +109,7 @@ def test_learning_rate_warms_up_and_decays_to_its_minimum(monkeypatch):
 
 
 def test_a_run_that_cannot_end_names_the_size_that_can(monkeypatch, capsys):
-    seconds = {2: 2.1, 4: 0.5, 8: 0.012, 16: 0.005}  # measured on two CPU cores
+    seconds = {2: 2.1, 4: 0.5, 8: 0.012, 16: 0.005, 64: 0.002}  # measured on two CPU cores
     monkeypatch.setattr(train_diffusion, "seconds_an_image", lambda network, device: seconds[network["patch_size"]])
     cpu = torch.device("cpu")
     train_diffusion.warn_if_endless(SIZES["NanoDiT-B/2"], 63000 * 600, cpu)
@@ -91,7 +120,7 @@ def test_a_run_that_cannot_end_names_the_size_that_can(monkeypatch, capsys):
     train_diffusion.warn_if_endless(SIZES["NanoDiT-S/8"], 35000, cpu)
     assert capsys.readouterr().out == ""
     train_diffusion.warn_if_endless(SIZES["NanoDiT-B/2"], 63000 * 6000, cpu)
-    assert "--model_size NanoDiT-S/16 --epochs" in capsys.readouterr().out
+    assert "--model_size NanoDiT-S/64 --epochs" in capsys.readouterr().out
 
 
 def test_a_step_is_timed(monkeypatch):

@@ -35,9 +35,10 @@ DATA_DIR = "data"  # Folder with axion/, cdm/ and no_sub/; yours, or made by sim
 OUTPUT_DIR = "diffusion_training"  # Change it to start another run beside this one
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" trains without the files that cannot be read
 
-MODEL_SIZE: Literal[(None, *SIZES)] = None  # A named size instead of the five settings below: "NanoDiT-S/8" on a CPU
+MODEL_SIZE: Literal[(None, *SIZES)] = None  # A named size instead of the six settings below: "NanoDiT-S/8" on a CPU
 IMG_SIZE = 64  # Pixels; the data has 64
 PATCH_SIZE = 2  # Pixels a token; larger is faster, and from 8 on needs PREDICTION = "image"
+PATCH_BASIS = 0  # Principal components that stand for a patch; 0 takes its pixels
 LATENT_DIM = 512  # Width of the network
 MODEL_DEPTH = 6  # Transformer blocks
 MODEL_HEADS = 8  # Attention heads
@@ -81,8 +82,6 @@ def main() -> None:
     output = Path(OUTPUT_DIR)
     with distributed.main_first():
         dataset, validation = (NpyDataset(DATA_DIR, None, part, ON_BAD_FILE) for part in ("train", "val"))
-    dataset.images = diffusion_transforms(dataset.images)  # once and for all epochs
-    dataset.to(device)
     if len(dataset) < BATCH_SIZE:
         raise InputError(f"--batch_size {BATCH_SIZE} is more than the {len(dataset)} training images of {DATA_DIR}")
     steps_per_epoch = math.ceil(len(dataset) / BATCH_SIZE)
@@ -94,13 +93,19 @@ def main() -> None:
     network = SIZES[MODEL_SIZE] if MODEL_SIZE else _size_of_constants()
     processes = f", {distributed.size()} processes" if distributed.size() > 1 else ""
     print(f"{len(dataset)} training images in {DATA_DIR}, training on {device.type}{processes}")
+    torch.manual_seed(SEED)
+    torch.set_float32_matmul_precision("high")
+    dataset.images = diffusion_transforms(dataset.images)  # once and for all epochs
+    try:
+        model = NanoDiT(input_size=IMG_SIZE, num_classes=len(CLASSES), **network)
+        model.fit_basis(dataset.images)
+    except ValueError as error:
+        raise InputError(f"no such network: {error}") from None
+    model.to(device)
+    print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters")
     if distributed.is_main():
         warn_if_endless(network, EPOCHS * len(dataset) // distributed.size(), device)
 
-    torch.manual_seed(SEED)
-    torch.set_float32_matmul_precision("high")
-    model = NanoDiT(input_size=IMG_SIZE, num_classes=len(CLASSES), **network).to(device)
-    print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters")
     ema = EMA(model, beta=EMA_BETA, update_every=EMA_UPDATE_EVERY, include_online_model=False)
     optimizer = torch.optim.AdamW(
         model.parameters(), LEARNING_RATE, betas=(0.9, ADAM_BETA2), weight_decay=WEIGHT_DECAY, fused=True
@@ -109,6 +114,8 @@ def main() -> None:
     amp = torch.autocast(device.type, getattr(torch, AMP_DTYPE)) if AMP_DTYPE else nullcontext()
     t_floor = flow.T_FLOOR if model.prediction == "image" else 0.0
     state = resume(output, model, ema, optimizer, scaler, device)
+    dataset.images = torch.cat([model.encode(part.to(device)).cpu() for part in dataset.images.split(4096)])
+    dataset.to(device)
     history, total_loss, skipped = state["history"], state["loss_in_epoch"], state["skipped_in_epoch"]
     # After another batch size, the part of the epoch that is done stays done
     done = state["step_in_epoch"] * steps_per_epoch // state["steps_per_epoch"]
@@ -156,7 +163,7 @@ def main() -> None:
             global_step = (epoch - 1) * steps_per_epoch + step
             # What is drawn for a batch depends on the seed and the step alone, not on the number of processes
             random = flow.generator_of(SEED, global_step, device)
-            noise = torch.randn(len(batch), *model.image_shape, generator=random, device=device)
+            noise = torch.randn(len(batch), *model.sample_shape, generator=random, device=device)
             t = flow.draw_times(len(batch), TIME_SAMPLING, random)
             batch = batch.to(dataset.labels.device)
             labels = flow.drop_labels(dataset.labels[batch].to(device), len(CLASSES), LABEL_DROPOUT, random)
@@ -170,7 +177,8 @@ def main() -> None:
                 trained.require_backward_grad_sync = part is parts[-1]  # processes exchange gradients once a step
                 with amp:
                     velocity = trained(z, t[part], labels[part])
-                share = flow.velocity_loss(velocity.float(), x, noise[part], t[part], t_floor) * len(x) / len(batch)
+                loss_of_part = flow.velocity_loss(velocity.float(), x, noise[part], t[part], t_floor, model.weigh)
+                share = loss_of_part * len(x) / len(batch)
                 scaler.scale(share * distributed.size()).backward()  # gradients are averaged over processes
                 loss += share.detach()
             scaler.unscale_(optimizer)
@@ -275,11 +283,11 @@ def validation_loss(model: NanoDiT, dataset: NpyDataset, t_floor: float) -> floa
     index = torch.linspace(0, len(dataset) - 1, min(_VALIDATION_IMAGES, len(dataset))).long()  # of all classes
     total = 0.0
     for some in index.split(BATCH_SIZE):
-        x = diffusion_transforms(dataset.read(some)).to(device)
+        x = model.encode(diffusion_transforms(dataset.read(some)).to(device))
         noise = torch.randn(x.shape, generator=random, device=device)
         t = flow.draw_times(len(x), TIME_SAMPLING, random)
         velocity = model.eval()(flow.interpolate(x, noise, t), t, dataset.labels[some].to(device))
-        total += flow.velocity_loss(velocity, x, noise, t, t_floor).item() * len(x)
+        total += flow.velocity_loss(velocity, x, noise, t, t_floor, model.weigh).item() * len(x)
     return total / len(index)
 
 
@@ -298,8 +306,8 @@ def report(output: Path, history: list[dict[str, float]]) -> None:
 def write_samples(output: Path, epoch: int, model: NanoDiT, device: torch.device) -> None:
     """A grid of samples, a row a class, and their arrays. The noise is the same every time, to show progress."""
     labels = torch.arange(len(CLASSES), device=device).repeat_interleave(NUM_SAMPLES_PER_CLASS)
-    samples = flow.sample(model.eval(), labels, model.image_shape, len(CLASSES), NUM_ODE_STEPS, CFG_SCALE)
-    images = flow.to_unit_range(samples).cpu().numpy()
+    samples = flow.sample(model.eval(), labels, model.sample_shape, len(CLASSES), NUM_ODE_STEPS, CFG_SCALE)
+    images = flow.to_unit_range(model.decode(samples)).cpu().numpy()
     by_class = dict(zip(CLASSES, images.reshape(len(CLASSES), -1, IMG_SIZE, IMG_SIZE), strict=True))
     grid = plots.image_grid(by_class, f"epoch {epoch}")
     plots.save(grid, output / "dit_conditional_images" / f"sample_epoch_{epoch}.png")
@@ -335,7 +343,7 @@ def seconds_an_image(network: dict, device: torch.device) -> float:
     n = BATCH_SIZE if device.type == "cuda" else min(BATCH_SIZE, max(1, 512 // model.num_tokens))
     for _ in range(2):  # the first one warms up
         started = time.monotonic()
-        z, t, labels = torch.randn(n, *model.image_shape), torch.rand(n), torch.zeros(n, dtype=torch.long)
+        z, t, labels = torch.randn(n, *model.sample_shape), torch.rand(n), torch.zeros(n, dtype=torch.long)
         model(z.to(device), t.to(device), labels.to(device)).square().sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -345,6 +353,7 @@ def seconds_an_image(network: dict, device: torch.device) -> float:
 def _size_of_constants() -> dict:
     return {
         "patch_size": PATCH_SIZE,
+        "patch_basis": PATCH_BASIS,
         "hidden_size": LATENT_DIM,
         "depth": MODEL_DEPTH,
         "num_heads": MODEL_HEADS,
