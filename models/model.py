@@ -97,7 +97,7 @@ class NanoDiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, condition)
         out = self.final_layer(tokens, condition)
-        out = self._unpatchify(out) if self.patch_basis is None else out.float() * self.patch_basis.spread
+        out = self._unpatchify(out) if self.patch_basis is None else out * self.patch_basis.spread
         return flow.velocity_from_image(out.float(), z, t) if self.prediction == "image" else out
 
     def fit_basis(self, images: Tensor) -> None:
@@ -177,9 +177,9 @@ class PatchBasis(nn.Module):
 
     def __init__(self, numbers: int, size: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(numbers))
-        self.register_buffer("vectors", torch.zeros(numbers, size))
-        self.register_buffer("spread", torch.ones(size))
+        self.mean = nn.Parameter(torch.zeros(numbers), requires_grad=False)
+        self.vectors = nn.Parameter(torch.zeros(numbers, size), requires_grad=False)
+        self.spread = nn.Parameter(torch.ones(size), requires_grad=False)
 
     def fit(self, patches: Tensor, most: int = 8192) -> None:
         """Principal components (Halko et al. 2009, arXiv:0909.4061) of at most ``most`` of the patches (n, numbers)."""

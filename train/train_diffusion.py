@@ -114,8 +114,6 @@ def main() -> None:
     amp = torch.autocast(device.type, getattr(torch, AMP_DTYPE)) if AMP_DTYPE else nullcontext()
     t_floor = flow.T_FLOOR if model.prediction == "image" else 0.0
     state = resume(output, model, ema, optimizer, scaler, device)
-    dataset.images = torch.cat([model.encode(part.to(device)).cpu() for part in dataset.images.split(4096)])
-    dataset.to(device)
     history, total_loss, skipped = state["history"], state["loss_in_epoch"], state["skipped_in_epoch"]
     # After another batch size, the part of the epoch that is done stays done
     done = state["step_in_epoch"] * steps_per_epoch // state["steps_per_epoch"]
@@ -126,6 +124,9 @@ def main() -> None:
     if COMPILE:
         model.compile(dynamic=False)  # batches have two sizes at most
     trained = distributed.data_parallel(model)
+    if model.patch_basis is not None:  # now that all processes have that of the first one
+        dataset.images = torch.cat([model.encode(part.to(device)).cpu() for part in dataset.images.split(4096)])
+    dataset.to(device)
     stop_asked = settings.stop_on_signal()
 
     def save(name: str, epoch: int, step: int) -> None:
