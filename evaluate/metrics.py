@@ -111,9 +111,9 @@ def _negative_log_likelihood(centres: Tensor, fitted_to: Tensor, of: list[Tensor
         return -0.5 * (squares / variance + dimension * torch.log(2 * math.pi * variance)) - math.log(len(centres))
 
     def squared_distances(x: Tensor) -> Tensor:  # in float64: those of copies are differences of equal numbers
-        return torch.cat([torch.cdist(part.double(), wide).square().float() for part in x.split(_ROWS)])
+        return torch.cdist(x.double(), wide).square().float()
 
-    squares = squared_distances(fitted_to)
+    squares = torch.cat([squared_distances(part) for part in fitted_to.split(_ROWS)])
     # From the nearest image, as published: a wider start ends in far less likely widths
     variance = (squares.amin(0) / dimension).clamp_min(_FLD_LEAST_VARIANCE)
     for _ in range(_FLD_STEPS):  # expectation maximization in closed form, the centres being fixed

@@ -84,7 +84,6 @@ def write_json(path: Path, settings: dict[str, Any], samples: list[Sample], refe
         "confusion": {sample.name: _confusion(sample).tolist() for sample in (reference.sample, *samples)},
         "compared": [{"source": sample.source, "figures": sample.figures} for sample in samples[1:]],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as file:
         file.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
 
@@ -159,7 +158,6 @@ def write_html(path: Path, settings: dict[str, Any], samples: list[Sample], refe
         )
     rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in settings.items())
     sections.append(f"<h2>Settings</h2><table>{rows}</table>")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as file:
         file.write(_PAGE.format(body="\n".join(sections)).encode())
 
