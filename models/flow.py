@@ -56,14 +56,14 @@ def generator_of(seed: int, step: int, device: torch.device | str = "cpu") -> to
     return torch.Generator(device).manual_seed(int(state[0] >> 1))
 
 
-def draw_times(n: int, distribution: str, random: torch.Generator) -> Tensor:
-    """Times (n,) in (0, 1): "uniform", or "logit_normal", sigmoid(N(0.8, 0.8)), which sees more of the noisy side.
+def draw_times(n: int, distribution: str, random: torch.Generator, mean: float = 0.8, std: float = 0.8) -> Tensor:
+    """Times (n,) in (0, 1): "uniform", or "logit_normal", sigmoid(N(mean, std)), which a mean above 0 makes noisier.
 
-    Esser et al. 2024 (arXiv:2403.03206, Sec. 3.1), with the mean and width of arXiv:2511.13720, where t runs backwards.
+    Esser et al. 2024 (arXiv:2403.03206, Sec. 3.1); the default is that of arXiv:2511.13720, where t runs backwards.
     """
     if distribution == "uniform":
         return torch.rand(n, generator=random, device=random.device)
-    return torch.sigmoid(0.8 + 0.8 * torch.randn(n, generator=random, device=random.device))
+    return torch.sigmoid(mean + std * torch.randn(n, generator=random, device=random.device))
 
 
 def drop_labels(labels: Tensor, null_label: int, probability: float, random: torch.Generator) -> Tensor:

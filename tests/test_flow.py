@@ -54,6 +54,9 @@ def test_times_are_distributed_as_their_name_says():
     assert logits.std().item() == pytest.approx(0.8, abs=0.02)
     assert (logit_normal > 0).all()
     assert (logit_normal < 1).all()
+    logits = torch.logit(flow.draw_times(40000, "logit_normal", random, -1, 1.5).double())
+    assert logits.mean().item() == pytest.approx(-1, abs=0.04)
+    assert logits.std().item() == pytest.approx(1.5, abs=0.04)
 
 
 def test_labels_are_dropped_as_often_as_asked_and_otherwise_kept():
