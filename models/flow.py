@@ -7,6 +7,7 @@ Eq. 1). New images come from integrating the learned velocity from noise at t = 
 Nothing here knows a network: ``velocity`` is any function of z (n, 1, h, w), t (n,) and labels (n,).
 """
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -56,14 +57,16 @@ def generator_of(seed: int, step: int, device: torch.device | str = "cpu") -> to
     return torch.Generator(device).manual_seed(int(state[0] >> 1))
 
 
-def draw_times(n: int, distribution: str, random: torch.Generator, mean: float = 0.8, std: float = 0.8) -> Tensor:
-    """Times (n,) in (0, 1): "uniform", or "logit_normal", sigmoid(N(mean, std)), which a mean above 0 makes noisier.
+def draw_times(n: int, distribution: str, random: torch.Generator, median: float = 0.69, width: float = 0.8) -> Tensor:
+    """Times (n,) in (0, 1): "uniform", or "logit_normal", where log(t / (1 - t)) is normal and of that width.
 
     Esser et al. 2024 (arXiv:2403.03206, Sec. 3.1); the default is that of arXiv:2511.13720, where t runs backwards.
     """
     if distribution == "uniform":
         return torch.rand(n, generator=random, device=random.device)
-    return torch.sigmoid(mean + std * torch.randn(n, generator=random, device=random.device))
+    return torch.sigmoid(
+        math.log(median / (1 - median)) + width * torch.randn(n, generator=random, device=random.device)
+    )
 
 
 def drop_labels(labels: Tensor, null_label: int, probability: float, random: torch.Generator) -> Tensor:

@@ -55,10 +55,8 @@ ADAM_BETA2 = 0.999  # Of AdamW; 0.99 for runs of a few thousand steps
 MAX_GRAD_NORM = 1.0  # Gradients are clipped to this norm
 LABEL_DROPOUT = 0.1  # Share of labels hidden in training; guidance needs it
 TIME_SAMPLING: Literal["uniform", "logit_normal"] = "uniform"  # "logit_normal" for short runs with PREDICTION = "image"
-TIME_MEAN = (
-    0.8  # Of log(t / (1 - t)), for "logit_normal"; -1 for a patch basis, whose images are made by the last steps
-)
-TIME_STD = 0.8  # Likewise; 1.5 for a patch basis
+TIME_MEDIAN = 0.69  # Of "logit_normal"; 0.27 for a patch basis, whose images are made by the last steps
+TIME_WIDTH = 0.8  # Likewise; 1.5 for a patch basis
 EMA_BETA = 0.9999  # 0.999 for runs of under 50000 steps
 EMA_UPDATE_EVERY = 10  # Steps between updates of the EMA; 1 for short runs
 SEED = 42  # Of weights, order of data, times and noise
@@ -169,7 +167,7 @@ def main() -> None:
             # What is drawn for a batch depends on the seed and the step alone, not on the number of processes
             random = flow.generator_of(SEED, global_step, device)
             noise = torch.randn(len(batch), *model.sample_shape, generator=random, device=device)
-            t = flow.draw_times(len(batch), TIME_SAMPLING, random, TIME_MEAN, TIME_STD)
+            t = flow.draw_times(len(batch), TIME_SAMPLING, random, TIME_MEDIAN, TIME_WIDTH)
             batch = batch.to(dataset.labels.device)
             labels = flow.drop_labels(dataset.labels[batch].to(device), len(CLASSES), LABEL_DROPOUT, random)
 
@@ -290,7 +288,7 @@ def validation_loss(model: NanoDiT, dataset: NpyDataset, t_floor: float) -> floa
     for some in index.split(BATCH_SIZE):
         x = model.encode(diffusion_transforms(dataset.read(some)).to(device))
         noise = torch.randn(x.shape, generator=random, device=device)
-        t = flow.draw_times(len(x), TIME_SAMPLING, random, TIME_MEAN, TIME_STD)
+        t = flow.draw_times(len(x), TIME_SAMPLING, random, TIME_MEDIAN, TIME_WIDTH)
         velocity = model.eval()(flow.interpolate(x, noise, t), t, dataset.labels[some].to(device))
         total += flow.velocity_loss(velocity, x, noise, t, t_floor, model.weigh).item() * len(x)
     return total / len(index)
