@@ -187,8 +187,9 @@ def sample(
     velocity = guided(velocity, null_label, cfg_scale)
     images = []
     with tqdm(total=len(labels), unit="image", desc="generating", disable=not show_progress, leave=False) as bar:
-        for batch in labels.split(batch_size):
-            noise = noise_images(shape, seed, first + bar.n, len(batch)).to(labels.device)
+        for start in range(0, len(labels), batch_size):
+            batch = labels[start : start + batch_size]
+            noise = noise_images(shape, seed, first + start, len(batch)).to(labels.device)
             images.append(SOLVERS[solver](velocity, noise, batch, time_grid(steps, shift)))
             bar.update(len(batch))
     return torch.cat(images)

@@ -180,6 +180,8 @@ def test_image_k_is_the_same_whatever_the_batch_size_and_the_number_of_images():
     velocity = gaussian_velocity(0.1, 0.5)
     labels = torch.zeros(10, dtype=torch.long)
     sample = {n: flow.sample(velocity, labels, (1, 4, 4), 3, 5, 1.0, seed=3, batch_size=n) for n in (1, 3, 10)}
+    silent = flow.sample(velocity, labels, (1, 4, 4), 3, 5, 1.0, seed=3, batch_size=3, show_progress=False)
+    assert torch.equal(silent, sample[3])  # a bar that is off counts nothing
     torch.testing.assert_close(sample[1], sample[10])
     torch.testing.assert_close(sample[3], sample[10])
     torch.testing.assert_close(flow.sample(velocity, labels[:4], (1, 4, 4), 3, 5, 1.0, seed=3), sample[10][:4])
