@@ -5,9 +5,9 @@
     if __name__ == "__main__":
         settings.run(main, globals())   # --batch_size 32 sets BATCH_SIZE, then main() runs
 
-The type of a flag is the type of its constant; ``X: Literal["a", "b"] = "a"`` also limits its values, and the comment
-behind a constant is its help. Relative paths written in a script mean "inside this repository", relative paths given
-as a flag mean "from the current folder".
+The type of a flag is the type of its constant; ``X: int | None = None`` also takes None, ``X: Literal["a", "b"] = "a"``
+limits its values, and the comment behind a constant is its help. Relative paths written in a script mean "inside this
+repository", relative paths given as a flag mean "from the current folder".
 """
 
 import argparse
@@ -161,6 +161,8 @@ def _reader(name: str, default: Any, choices: tuple):
     """The function that turns the text of a flag into a value; argparse prints its errors as one line."""
 
     def read(text: str) -> Any:
+        if type(None) in choices:  # of int | None
+            return None if text == "None" else _number(name, text, choices[0])
         if choices:
             if text not in map(str, choices):
                 raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, choices))}")

@@ -42,10 +42,10 @@ def main() -> None:
     torch.manual_seed(0)
     model = NanoDiT(**SIZES[MODEL_SIZE]).to(device).eval()
     labels = torch.arange(BATCH_SIZE, device=device) % len(CLASSES)
-    null = len(CLASSES)
+    sampler = flow.Sampler(NUM_ODE_STEPS, CFG_SCALE)
 
     def generate() -> None:
-        flow.sample(model, labels, model.sample_shape, null, NUM_ODE_STEPS, CFG_SCALE, 0, BATCH_SIZE, 0, False).cpu()
+        flow.sample(model, labels, model.sample_shape, len(CLASSES), sampler, 0, BATCH_SIZE, 0, False).cpu()
 
     images = np.zeros((4096, 64, 64), np.float32)
     held, order = torch.from_numpy(images), torch.randperm(4096)[:BATCH_SIZE]

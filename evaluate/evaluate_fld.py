@@ -13,6 +13,7 @@ import json
 import re
 import socket
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +48,8 @@ INCEPTION_WEIGHTS_PATH = None  # File of its weights, for a machine without netw
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" goes on without the files that cannot be read
 IMAGES_PER_CLASS = 1000  # As many as half of the test images of a class if these are fewer
 NUM_SPLITS = 10  # Random halves of the real images, for floors and their spread; more for a steadier spread
-NUM_ODE_STEPS = 50  # Euler steps from noise to image
-CFG_SCALE = 5.0  # Guidance scale; 1 is no guidance
+NUM_ODE_STEPS: int | None = None  # From noise to image; None takes as many as the checkpoint says
+CFG_SCALE: float | None = None  # Guidance scale, 1 is no guidance; None takes that of the checkpoint
 BATCH_SIZE = 128  # Images at once; reduce when memory runs out
 SEED = 0  # Image k of a seed is always the same
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
@@ -123,8 +124,8 @@ def load_model(path: str | Path, device: str = "auto") -> NanoDiT:
 def generate_image(
     model: NanoDiT,
     target_class: int,
-    ode_steps: int = 100,
-    cfg_scale: float | None = 5.0,
+    ode_steps: int | None = None,
+    cfg_scale: float | None = None,
     num_samples: int = 1,
     seed: int = 0,
 ) -> Tensor:
@@ -132,8 +133,9 @@ def generate_image(
 
     Args:
         target_class: 0 axion, 1 cdm, 2 no_sub.
-        ode_steps: Euler steps; more are better and slower.
-        cfg_scale: guidance scale; higher is truer to the class and less diverse, 1 or None is no guidance.
+        ode_steps: steps from noise to image, None for as many as the checkpoint says (50 for published ones).
+        cfg_scale: guidance scale, None for that of the checkpoint (5 for published ones); higher is truer to the class
+            and less diverse, 1 is no guidance.
         num_samples: number of images.
         seed: another seed gives other images; image k of a seed is always the same.
 
@@ -144,14 +146,19 @@ def generate_image(
         raise InputError(
             f"target_class {target_class!r} is not one of 0 to {model.num_classes - 1}: {', '.join(CLASSES)}"
         )
-    return generate(model, torch.full((num_samples,), target_class), ode_steps, cfg_scale, seed)
+    return generate(model, torch.full((num_samples,), target_class), sampler_of(model, ode_steps, cfg_scale), seed)
+
+
+def sampler_of(model: NanoDiT, ode_steps: int | None, cfg_scale: float | None) -> flow.Sampler:
+    """The sampler of a network, with other steps or another guidance scale where they are given."""
+    given = {"steps": ode_steps, "cfg_scale": cfg_scale}
+    return replace(model.sampler, **{name: value for name, value in given.items() if value is not None})
 
 
 def generate(
     model: NanoDiT,
     labels: Tensor,
-    ode_steps: int,
-    cfg_scale: float | None,
+    sampler: flow.Sampler,
     seed: int,
     batch_size: int = 128,
     first: int = 0,
@@ -162,8 +169,7 @@ def generate(
         labels.to(model.pos_embed.device),
         model.sample_shape,
         model.num_classes,
-        ode_steps,
-        cfg_scale,
+        sampler,
         seed,
         batch_size,
         first,
@@ -179,11 +185,11 @@ def images_to_score(folder: str, checkpoint: str | None, count: int) -> tuple[Np
         with distributed.main_first():
             return NpyDataset(folder, None, "all", ON_BAD_FILE), {"folder": str(folder)}
     model = load_model(checkpoint, DEVICE)
+    sampler = sampler_of(model, NUM_ODE_STEPS, CFG_SCALE)
     source = {
         "checkpoint": str(checkpoint),
         "sha256": report.sha256(checkpoint),
-        "ode_steps": NUM_ODE_STEPS,
-        "cfg_scale": CFG_SCALE,
+        "sampler": asdict(sampler),
         "seed": SEED,
     }
     generate_to_folder(model, folder, count, source)
@@ -205,8 +211,11 @@ def generate_to_folder(model: NanoDiT, folder: Path, count: int, source: dict[st
                     old.unlink()
             with whole(marker) as file:
                 file.write(json.dumps(source, indent=1).encode())
-    steps, scale = source["ode_steps"], source["cfg_scale"]
-    print(f"Generating {count} images of each class in {steps} steps, guidance {scale:g}, on {model.pos_embed.device}")
+    sampler = flow.Sampler(**source["sampler"])
+    print(
+        f"Generating {count} images of each class in {sampler.steps} {sampler.solver} steps, guidance "
+        f"{sampler.cfg_scale:g}, on {model.pos_embed.device}"
+    )
     batches = [(label, first) for label in range(len(CLASSES)) for first in range(0, count, BATCH_SIZE)]
     bar = tqdm(total=count * len(CLASSES) // distributed.size(), unit="image", desc="generating", leave=False)
 
@@ -216,7 +225,7 @@ def generate_to_folder(model: NanoDiT, folder: Path, count: int, source: dict[st
         if not all(path.exists() for path in paths):
             labels = torch.full((len(paths),), label)
             number = label * _CLASS_STRIDE + first
-            images = generate(model, labels, steps, scale, source["seed"], BATCH_SIZE, number)
+            images = generate(model, labels, sampler, source["seed"], BATCH_SIZE, number)
             for path, image in zip(paths, images, strict=True):
                 save_array(path, image[0].numpy())
         bar.update(len(paths))

@@ -1,6 +1,6 @@
 """The checkpoint format: a dictionary saved by torch, with the network's own configuration inside.
 
-``model_state_dict``, ``ema_state_dict`` (ema-pytorch's), ``model_config`` and whatever else training needs to go on.
+``model_state_dict``, ``ema_state_dict`` (ema-pytorch's), ``model_config``, ``sampler`` and what else training needs.
 Files of the published code, without a configuration and with NumPy scalars among their numbers, load too, and so do
 ``.safetensors`` files, which hold the weights to use and how they were made. No file can run code, and none can make
 the reader allocate more than a few times its own size: see ``load_checkpoint``.
@@ -22,6 +22,7 @@ import torch
 
 from dataset import CLASSES
 from files import whole
+from models.flow import Sampler
 from models.model import NanoDiT
 from settings import InputError
 
@@ -172,6 +173,7 @@ def build_generator(content: dict[str, Any], path: str | Path) -> NanoDiT:
         if shapes != {name.removeprefix("_orig_mod."): value.shape for name, value in weights.items()}:
             raise InputError(f"{path}: its weights are of another network")
         model = NanoDiT(**config)
+        model.sampler = Sampler(**content.get("sampler", {}))
     except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError):
         raise InputError(f"{path}: its configuration is not that of a NanoDiT") from None
     if model.num_classes != len(CLASSES):

@@ -9,6 +9,7 @@ Nothing here knows a network: ``velocity`` is any function of z (n, 1, h, w), t 
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -78,12 +79,12 @@ def drop_labels(labels: Tensor, null_label: int, probability: float, random: tor
     return torch.where(dropped, null_label, labels)
 
 
-def guided(velocity: Velocity, null_label: int, scale: float | None) -> Velocity:
+def guided(velocity: Velocity, null_label: int, scale: float) -> Velocity:
     """Classifier-free guidance: uncond + scale * (cond - uncond), both passes in one batch (arXiv:2207.12598, Eq. 6).
 
-    A scale of 1 or None needs, and makes, no unconditional pass.
+    A scale of 1 needs, and makes, no unconditional pass.
     """
-    if scale is None or scale == 1:
+    if scale == 1:
         return velocity
 
     def velocity_with_guidance(z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
@@ -94,12 +95,11 @@ def guided(velocity: Velocity, null_label: int, scale: float | None) -> Velocity
     return velocity_with_guidance
 
 
-def time_grid(steps: int, shift: float = 1.0) -> list[float]:
-    """Times from 1 to 0; equal steps, or, with a ``shift`` above 1, more of them near the noise.
-
-    shift u / (1 + (shift - 1) u) for equal steps of u (Esser et al. 2024, arXiv:2403.03206, Eq. 23).
-    """
-    return [shift * u / (1 + (shift - 1) * u) for u in (i / steps for i in range(steps, -1, -1))]
+def time_grid(steps: int, name: str = "uniform") -> list[float]:
+    """Times from 1 to 0: "uniform", or "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends."""
+    if name == "cosine":
+        return [math.sin(math.pi / 2 * i / steps) ** 2 for i in range(steps, -1, -1)]
+    return [i / steps for i in range(steps, -1, -1)]
 
 
 def euler(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Tensor:
@@ -141,6 +141,32 @@ def multistep(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float])
 
 
 SOLVERS = {"euler": euler, "heun": heun, "multistep": multistep}
+TIME_GRIDS = ("uniform", "cosine")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How noise becomes images; the defaults are those of the published network.
+
+    Attributes:
+        steps: from noise to image.
+        cfg_scale: guidance scale; 1 is no guidance.
+        solver: name of one of ``SOLVERS``.
+        grid: of the times, see ``time_grid``.
+
+    Raises:
+        ValueError: for what cannot be.
+    """
+
+    steps: int = 50
+    cfg_scale: float = 5.0
+    solver: str = "euler"
+    grid: str = "uniform"
+
+    def __post_init__(self):
+        known = self.solver in SOLVERS and self.grid in TIME_GRIDS
+        if not (known and isinstance(self.steps, int) and 0 < self.steps <= 10_000 and 0 <= self.cfg_scale < math.inf):
+            raise ValueError(f"no such sampler: {self}")
 
 
 def _times(t: float, like: Tensor) -> Tensor:
@@ -159,14 +185,11 @@ def sample(
     labels: Tensor,
     shape: tuple[int, ...],
     null_label: int,
-    steps: int = 50,
-    cfg_scale: float | None = 5.0,
+    sampler: Sampler,
     seed: int = 0,
     batch_size: int = 128,
     first: int = 0,
     show_progress: bool = True,
-    solver: str = "euler",
-    shift: float = 1.0,
 ) -> Tensor:
     """New images, one for each label.
 
@@ -174,23 +197,20 @@ def sample(
         labels: class of each image, (n,), on the device to compute on.
         shape: of one image, (1, h, w).
         null_label: the label that stands for no class.
-        steps: from noise to image.
-        cfg_scale: guidance scale; 1 or None turns guidance off.
         seed: image k of a seed is the same whatever the batch size, the device or the number of images.
         first: number k of the first image.
-        solver: name of one of ``SOLVERS``.
-        shift: of the times, see ``time_grid``.
 
     Returns:
         (n, *shape) float32, in the range the network was trained on, not clipped.
     """
-    velocity = guided(velocity, null_label, cfg_scale)
+    velocity = guided(velocity, null_label, sampler.cfg_scale)
+    solve, times = SOLVERS[sampler.solver], time_grid(sampler.steps, sampler.grid)
     images = []
     with tqdm(total=len(labels), unit="image", desc="generating", disable=not show_progress, leave=False) as bar:
         for start in range(0, len(labels), batch_size):
             batch = labels[start : start + batch_size]
             noise = noise_images(shape, seed, first + start, len(batch)).to(labels.device)
-            images.append(SOLVERS[solver](velocity, noise, batch, time_grid(steps, shift)))
+            images.append(solve(velocity, noise, batch, times))
             bar.update(len(batch))
     return torch.cat(images)
 

@@ -44,6 +44,7 @@ class NanoDiT(nn.Module):
 
     Attributes:
         sample_shape: of what the flow is of: an image (c, h, w), or with a patch basis (tokens, patch_basis).
+        sampler: how its images are made unless told otherwise; a checkpoint says what its training was for.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class NanoDiT(nn.Module):
         self.patch_size = patch_size
         self.num_tokens = (input_size // patch_size) ** 2
         self.sample_shape = (self.num_tokens, patch_basis) if patch_basis else self.image_shape
+        self.sampler = flow.Sampler()
         self.num_classes = num_classes
         self.prediction = prediction
         numbers = patch_size * patch_size * in_channels

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from evaluate import evaluate_fld, measure
 from evaluate.evaluate_fld import generate_image, load_model
 from evaluate.figures import TITLES
 from evaluate.measure import measure as real_measure
+from models import flow
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.classifier import load_classifier
 from settings import InputError
 
@@ -47,6 +50,25 @@ def test_images_depend_on_seed_class_and_guidance_and_on_nothing_else(model):
     for other in (generate_image(model, 1, 3, 5.0, 2, seed=1), generate_image(model, 0, 3, 5.0, 2)):
         assert not torch.allclose(other, image)
     assert not torch.allclose(generate_image(model, 1, 3, 1.0, 2), image)
+
+
+def test_images_are_made_as_their_checkpoint_says_unless_told_otherwise(model, checkpoint, tmp_path):
+    torch.testing.assert_close(generate_image(model, 1, num_samples=2), generate_image(model, 1, 2, 1.5, 2))
+    content = load_checkpoint(checkpoint) | {"sampler": asdict(flow.Sampler(4, 1, "multistep", "cosine"))}
+    save_checkpoint(tmp_path / "few.pt", **content)
+    few = load_model(tmp_path / "few.pt", "cpu")
+    noise, times = flow.noise_images(few.sample_shape, 0, 0, 2), flow.time_grid(4, "cosine")
+    with torch.inference_mode():
+        expected = flow.to_unit_range(flow.multistep(few, noise, torch.tensor([1, 1]), times))
+    torch.testing.assert_close(generate_image(few, 1, num_samples=2), expected)
+    other = [generate_image(few, 1, **given, num_samples=2) for given in ({"ode_steps": 3}, {"cfg_scale": 2.0})]
+    assert all((image - expected).abs().max() > 1e-3 for image in other)
+    del content["sampler"]  # the published checkpoints have none
+    save_checkpoint(tmp_path / "published.pt", **content)
+    assert load_model(tmp_path / "published.pt", "cpu").sampler == flow.Sampler(50, 5.0, "euler", "uniform")
+    save_checkpoint(tmp_path / "wrong.pt", **content, sampler={"steps": 10**9})
+    with pytest.raises(InputError, match="its configuration is not that of a NanoDiT"):
+        load_model(tmp_path / "wrong.pt", "cpu")
 
 
 def test_a_class_that_is_none_is_named(model):

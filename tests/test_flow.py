@@ -91,15 +91,15 @@ def gaussian_velocity(mean: float, std: float):
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("multistep", 2)])
-@pytest.mark.parametrize("shift", [1, 2])
-def test_a_solver_follows_the_exact_solution_with_the_error_of_its_order(solver, order, shift):
+@pytest.mark.parametrize("grid", flow.TIME_GRIDS)
+def test_a_solver_follows_the_exact_solution_with_the_error_of_its_order(solver, order, grid):
     velocity = gaussian_velocity(mean=0.7, std=0.3)
     noise = torch.randn(200, 1, 2, 2, dtype=torch.float64)
     exact = 0.7 + 0.3 * noise  # the flow of a Gaussian to a Gaussian only shifts and scales
     labels = torch.zeros(200, dtype=torch.long)
 
     def error(steps):
-        return (flow.SOLVERS[solver](velocity, noise, labels, flow.time_grid(steps, shift)) - exact).abs().max().item()
+        return (flow.SOLVERS[solver](velocity, noise, labels, flow.time_grid(steps, grid)) - exact).abs().max().item()
 
     errors = [error(n) for n in (100, 200, 400)]
     np.testing.assert_allclose(np.array(errors[:-1]) / errors[1:], 2**order, rtol=0.06)
@@ -125,16 +125,25 @@ def test_no_solver_takes_the_velocity_at_the_clean_image(solver, passes):
 def test_a_perfect_clean_image_prediction_needs_one_step(solver):
     image = torch.randn(3, 1, 2, 2)
     noise = torch.randn(3, 1, 2, 2)
-    for steps, shift in [(1, 1), (2, 1), (5, 3)]:
+    for steps, grid in [(1, "uniform"), (2, "uniform"), (5, "cosine")]:
         found = flow.SOLVERS[solver](
-            lambda z, t, labels: flow.velocity_from_image(image, z, t), noise, None, flow.time_grid(steps, shift)
+            lambda z, t, labels: flow.velocity_from_image(image, z, t), noise, None, flow.time_grid(steps, grid)
         )
         torch.testing.assert_close(found, image)
 
 
-def test_a_shifted_grid_runs_from_1_to_0_and_is_denser_near_the_noise():
+def test_grids_run_from_1_to_0_with_equal_steps_or_with_those_of_a_cosine():
     assert flow.time_grid(4) == [1, 0.75, 0.5, 0.25, 0]
-    assert flow.time_grid(4, 3) == pytest.approx([1, 0.9, 0.75, 0.5, 0])  # 3 u / (1 + 2 u)
+    half = math.sqrt(0.5) / 2
+    assert flow.time_grid(4, "cosine") == pytest.approx([1, 0.5 + half, 0.5, 0.5 - half, 0])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"steps": 2.5}, {"cfg_scale": math.inf}, {"solver": "?"}, {"grid": ""}]
+)
+def test_a_sampler_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match="no such sampler"):
+        flow.Sampler(**wrong)
 
 
 def by_label(z, t, labels):
@@ -154,7 +163,7 @@ def test_guidance_is_uncond_plus_scale_times_the_difference_in_one_batch():
     assert sizes == [4]
 
 
-@pytest.mark.parametrize("scale", [1, 1.0, None])
+@pytest.mark.parametrize("scale", [1, 1.0])
 def test_no_second_pass_without_guidance(scale):
     sizes = []
 
@@ -162,7 +171,7 @@ def test_no_second_pass_without_guidance(scale):
         sizes.append(len(z))
         return by_label(z, t, labels)
 
-    images = flow.sample(velocity, torch.tensor([0, 1, 2]), (1, 2, 2), 3, steps=4, cfg_scale=scale)
+    images = flow.sample(velocity, torch.tensor([0, 1, 2]), (1, 2, 2), 3, flow.Sampler(4, scale))
     assert sizes == [3] * 4
     noise = flow.noise_images((1, 2, 2), 0, 0, 3)
     torch.testing.assert_close(images, noise - torch.arange(3.0).view(3, 1, 1, 1))
@@ -170,7 +179,7 @@ def test_no_second_pass_without_guidance(scale):
 
 def test_guided_sampling_of_a_known_field():
     """Two classes with constant velocities: sampling moves the noise by the guided velocity, whatever the steps."""
-    images = flow.sample(by_label, torch.tensor([1, 2]), (1, 2, 2), null_label=3, steps=7, cfg_scale=2.0, seed=4)
+    images = flow.sample(by_label, torch.tensor([1, 2]), (1, 2, 2), 3, flow.Sampler(7, 2.0), seed=4)
     noise = flow.noise_images((1, 2, 2), 4, 0, 2)
     moved = torch.tensor([3 + 2 * (1 - 3), 3 + 2 * (2 - 3)]).view(2, 1, 1, 1)
     torch.testing.assert_close(images, noise - moved)
@@ -178,14 +187,14 @@ def test_guided_sampling_of_a_known_field():
 
 def test_image_k_is_the_same_whatever_the_batch_size_and_the_number_of_images():
     velocity = gaussian_velocity(0.1, 0.5)
-    labels = torch.zeros(10, dtype=torch.long)
-    sample = {n: flow.sample(velocity, labels, (1, 4, 4), 3, 5, 1.0, seed=3, batch_size=n) for n in (1, 3, 10)}
-    silent = flow.sample(velocity, labels, (1, 4, 4), 3, 5, 1.0, seed=3, batch_size=3, show_progress=False)
+    labels, few = torch.zeros(10, dtype=torch.long), flow.Sampler(5, 1.0)
+    sample = {n: flow.sample(velocity, labels, (1, 4, 4), 3, few, seed=3, batch_size=n) for n in (1, 3, 10)}
+    silent = flow.sample(velocity, labels, (1, 4, 4), 3, few, seed=3, batch_size=3, show_progress=False)
     assert torch.equal(silent, sample[3])  # a bar that is off counts nothing
     torch.testing.assert_close(sample[1], sample[10])
     torch.testing.assert_close(sample[3], sample[10])
-    torch.testing.assert_close(flow.sample(velocity, labels[:4], (1, 4, 4), 3, 5, 1.0, seed=3), sample[10][:4])
-    other = flow.sample(velocity, labels, (1, 4, 4), 3, 5, 1.0, seed=4)
+    torch.testing.assert_close(flow.sample(velocity, labels[:4], (1, 4, 4), 3, few, seed=3), sample[10][:4])
+    other = flow.sample(velocity, labels, (1, 4, 4), 3, few, seed=4)
     assert (other - sample[10]).abs().amax((1, 2, 3)).min() > 0.01
 
 

@@ -54,6 +54,16 @@ def test_flags_replace_constants_and_keep_their_type(script):
     assert (script["MODE"], script["WEIGHTS_PATH"], script["SEED"]) == ("b", "w.pt", 0)
 
 
+@pytest.mark.parametrize(("text", "value"), [("7", 7), ("None", None)])
+def test_a_number_that_may_be_none_is_read_as_either(script, text, value):
+    script |= {"STEPS": None, "SCALE": 2.0}
+    script["__annotations__"] |= {"STEPS": int | None, "SCALE": float | None}
+    settings.from_flags(script, ["--steps", text, "--scale", text])
+    assert (script["STEPS"], script["SCALE"]) == (value, value)
+    with pytest.raises(SystemExit):
+        settings.from_flags(script, ["--steps", "0"])
+
+
 def test_without_flags_constants_stay(script):
     settings.from_flags(script, [])
     assert (script["BATCH_SIZE"], script["COMPILE"], script["MODE"]) == (160, False, None)

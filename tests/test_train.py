@@ -50,6 +50,7 @@ def test_a_checkpoint_holds_all_that_training_needs_and_the_networks_configurati
     assert content["global_step"] == 28
     assert "cpu" in content["random_states"]
     assert NanoDiT(**content["model_config"]).patch_size == 16
+    assert flow.Sampler(**content["sampler"]) == flow.Sampler(2, 1.5, "euler", "uniform")
 
 
 def test_samples_come_from_the_ema_weights(train, monkeypatch):

@@ -17,7 +17,7 @@ from settings import InputError
 CHECKPOINT_PATH = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Of a generator or a classifier
 OUTPUT_PATH = "weights/nanodit.safetensors"  # The file to write
 
-_KEPT = ("epoch", "val_accuracy", "settings")  # of what else a checkpoint says
+_KEPT = ("epoch", "sampler", "val_accuracy", "settings")  # of what else a checkpoint says
 
 
 def main() -> None:

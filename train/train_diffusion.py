@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,8 +62,10 @@ EMA_BETA = 0.9999  # 0.999 for runs of under 50000 steps
 EMA_UPDATE_EVERY = 10  # Steps between updates of the EMA; 1 for short runs
 SEED = 42  # Of weights, order of data, times and noise
 
-CFG_SCALE = 5.0  # Guidance scale of the samples; 1 is no guidance
-NUM_ODE_STEPS = 50  # Euler steps of the samples
+CFG_SCALE = 5.0  # Guidance scale of the samples, here and wherever the checkpoint is used; 1 is no guidance
+NUM_ODE_STEPS = 50  # From noise to image, likewise
+SOLVER: Literal[(*flow.SOLVERS,)] = "euler"  # Likewise; "multistep" needs fewer steps, and "heun", of two passes each
+TIME_GRID: Literal[flow.TIME_GRIDS] = "uniform"  # Of the steps, likewise; "cosine" for few steps and a patch basis
 NUM_SAMPLES_PER_CLASS = 4  # Samples of each class in a grid
 SAMPLE_INTERVAL = 10  # Epochs between sample grids
 CHECKPOINT_SAVE_INTERVAL = 10  # Epochs between checkpoints
@@ -145,6 +148,7 @@ def main() -> None:
             scaler_state_dict=scaler.state_dict(),
             random_states={"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             model_config=model.config,
+            sampler=asdict(sampler()),
             epoch=epoch,
             step_in_epoch=step,
             steps_per_epoch=steps_per_epoch,
@@ -309,7 +313,7 @@ def report(output: Path, history: list[dict[str, float]]) -> None:
 def write_samples(output: Path, epoch: int, model: NanoDiT, device: torch.device) -> None:
     """A grid of samples, a row a class, and their arrays. The noise is the same every time, to show progress."""
     labels = torch.arange(len(CLASSES), device=device).repeat_interleave(NUM_SAMPLES_PER_CLASS)
-    samples = flow.sample(model.eval(), labels, model.sample_shape, len(CLASSES), NUM_ODE_STEPS, CFG_SCALE)
+    samples = flow.sample(model.eval(), labels, model.sample_shape, len(CLASSES), sampler())
     images = flow.to_unit_range(model.decode(samples)).cpu().numpy()
     by_class = dict(zip(CLASSES, images.reshape(len(CLASSES), -1, IMG_SIZE, IMG_SIZE), strict=True))
     grid = plots.image_grid(by_class, f"epoch {epoch}")
@@ -351,6 +355,11 @@ def seconds_an_image(network: dict, device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
     return (time.monotonic() - started) / n
+
+
+def sampler() -> flow.Sampler:
+    """What the constants say."""
+    return flow.Sampler(NUM_ODE_STEPS, CFG_SCALE, SOLVER, TIME_GRID)
 
 
 def _size_of_constants() -> dict:
