@@ -24,7 +24,7 @@ SIZES = {
     },
 }
 
-_FAINTEST = 0.06  # of the brightest principal component: with 0.01, the bright ones are learned too late
+_FAINTEST = 0.2  # of the brightest principal component: with less, the bright ones are learned too late
 
 
 class NanoDiT(nn.Module):
