@@ -58,10 +58,10 @@ def generator_of(seed: int, step: int, device: torch.device | str = "cpu") -> to
     return torch.Generator(device).manual_seed(int(state[0] >> 1))
 
 
-def draw_times(n: int, distribution: str, random: torch.Generator, median: float = 0.69, width: float = 0.8) -> Tensor:
+def draw_times(n: int, distribution: str, random: torch.Generator, median: float, width: float) -> Tensor:
     """Times (n,) in (0, 1): "uniform", or "logit_normal", where log(t / (1 - t)) is normal and of that width.
 
-    Esser et al. 2024 (arXiv:2403.03206, Sec. 3.1); the default is that of arXiv:2511.13720, where t runs backwards.
+    Esser et al. 2024 (arXiv:2403.03206, Sec. 3.1); 0.69 and 0.8 are those of arXiv:2511.13720, where t runs backwards.
     """
     if distribution == "uniform":
         return torch.rand(n, generator=random, device=random.device)

@@ -1,7 +1,7 @@
 """The recipe of simulate_lenses.py for many images at once, in float32 on any device, with the formulas of caustics.
 
-For timing (evaluate/benchmark.py): the strongest simulator that a generator can be compared with. The main lens is the
-same in every image, so its deflections are computed once; the point masses are those of each image.
+For timing: the strongest simulator that a generator can be compared with. The main lens is the same in every image, so
+its deflections are computed once, by lenstronomy; the point masses are those of each image.
 
 Formulas: caustics (Stone et al. 2024, arXiv:2406.15542).
 """
@@ -17,7 +17,7 @@ from lenstronomy.LensModel.Profiles.sersic_utils import SersicUtil
 from lenstronomy.Util.param_util import ellipticity2phi_q
 from torch import Tensor
 
-from simulate.simulate_lenses import einstein_radius, point_masses, psf_matrix, smooth_lens, source_light, telescope
+from simulate.simulate_lenses import einstein_radius, point_masses, psf_matrix, source_light, source_plane, telescope
 
 _SCALE = 0.6343147  # of deflections, which lenstronomy takes to be meant for a source at z = 2.5
 
@@ -43,15 +43,8 @@ def render_many(rows: Sequence[dict[str, Any]], device: torch.device | str = "cp
 @cache
 def _main_lens(device: torch.device) -> tuple[Tensor, ...]:
     """Pixels' x and y in arcsec, where their rays meet the source plane without point masses, and the PSF's matrix."""
-    grid = np.stack(telescope(0)[1].ImageNumerics.coordinates_evaluate).reshape(2, 64, 64)
-    x, y = torch.from_numpy(grid).float()
-    sie, shear = smooth_lens()
-    phi, q = ellipticity2phi_q(sie["e1"], sie["e2"])
-    zero = torch.zeros(())
-    halo = func.reduced_deflection_angle_sie(zero, zero, torch.tensor(q), torch.tensor(phi), sie["theta_E"], x, y)
-    field = func.reduced_deflection_angle_external_shear(zero, zero, shear["gamma1"], shear["gamma2"], x, y)
-    rays = (x - _SCALE * (halo[0] + field[0]), y - _SCALE * (halo[1] + field[1]))
-    return tuple(part.to(device) for part in (x, y, *rays, torch.from_numpy(psf_matrix()).float()))
+    pixels = np.stack(telescope(0)[1].ImageNumerics.coordinates_evaluate).reshape(2, 64, 64)
+    return tuple(_to_device(part, device) for part in (*pixels, *source_plane(), psf_matrix()))
 
 
 def _to_device(values: np.ndarray, device: torch.device | str) -> Tensor:

@@ -48,7 +48,7 @@ def test_a_loss_can_weigh_errors():
 
 def test_times_are_distributed_as_their_name_says():
     random = flow.generator_of(0, 1)
-    uniform, logit_normal = (flow.draw_times(40000, name, random) for name in ("uniform", "logit_normal"))
+    uniform, logit_normal = (flow.draw_times(40000, name, random, 0.69, 0.8) for name in ("uniform", "logit_normal"))
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
     assert uniform.var().item() == pytest.approx(1 / 12, abs=0.005)
     logits = torch.logit(logit_normal.double())

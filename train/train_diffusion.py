@@ -56,8 +56,8 @@ ADAM_BETA2 = 0.999  # Of AdamW; 0.99 for runs of a few thousand steps
 MAX_GRAD_NORM = 1.0  # Gradients are clipped to this norm
 LABEL_DROPOUT = 0.1  # Share of labels hidden in training; guidance needs it
 TIME_SAMPLING: Literal["uniform", "logit_normal"] = "uniform"  # "logit_normal" for short runs with PREDICTION = "image"
-TIME_MEDIAN = 0.69  # Of "logit_normal"; 0.27 for a patch basis, whose images are made by the last steps
-TIME_WIDTH = 0.8  # Likewise; 1.5 for a patch basis
+TIME_MEDIAN = 0.69  # Of "logit_normal"; 0.3 for a patch basis, whose images are made by the last steps
+TIME_WIDTH = 0.8  # Likewise; 2 for a patch basis
 EMA_BETA = 0.9999  # 0.999 for runs of under 50000 steps
 EMA_UPDATE_EVERY = 10  # Steps between updates of the EMA; 1 for short runs
 SEED = 42  # Of weights, order of data, times and noise
