@@ -1,7 +1,9 @@
 """One pass over images: everything the figures need to know of each, so that the images themselves are not kept."""
 
+import functools
 import hashlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,16 +54,16 @@ def measure(
         lens_residual (RMS over peak) and residual_* (RMS in a band) of the smooth lens that fits best; thumbnail
         (n, 1024), the image at half its resolution.
     """
-    parts = index.split(batch_size)
-    bar = tqdm(total=len(parts) // distributed.size(), desc="measuring", unit="batch", leave=False)
+    batches = -(-len(index) // batch_size)
+    bar = tqdm(total=batches // distributed.size(), desc="measuring", unit="batch", leave=False)
 
     def measure_part(part: Tensor) -> Measured:
-        images = dataset.read(part)
+        images = dataset.read(index[part])
         probabilities, features = classify(classifier, images, batch_size, show_progress=False)
         xy, residual = fit_smooth_lens(images)
         of_residual = physics.band_power(physics.power_spectrum(residual))
         row = {
-            "label": dataset.labels[part],
+            "label": dataset.labels[index[part]],
             "features": features,
             "probabilities": probabilities,
             "profile": physics.radial_profile(images),
@@ -80,8 +82,22 @@ def measure(
         return row
 
     with bar:
-        rows = distributed.spread(measure_part, parts)
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return _in_parts(measure_part, len(index), batch_size)
+
+
+def _in_parts(work: Callable[[Tensor], Measured], n: int, batch_size: int) -> Measured:
+    """What ``work`` says of parts of 0, 1, ... n - 1, as rows 0 to n - 1; every process does some and gets all."""
+    found: Measured = {}
+
+    def fill(part: Tensor) -> None:
+        for name, values in work(part).items():
+            if name not in found:  # one place for all: many small tensors would keep the memory around them
+                found[name] = values.new_zeros(n, *values.shape[1:])
+            found[name][part] = values
+
+    distributed.spread(fill, torch.arange(n).split(batch_size))
+    shares = [share for share in distributed.gather(found) if share]  # each is zero where the others have worked
+    return {name: functools.reduce(torch.add, [share[name] for share in shares]) for name in shares[0]}
 
 
 def measure_cached(
@@ -123,10 +139,13 @@ def thumbnails(dataset: NpyDataset, batch_size: int = 1024) -> Tensor:
 
 def find_nearest(measured: Measured, training: Tensor) -> None:
     """Adds to a measurement the distance (RMS over peak) to the nearest of the training thumbnails, and its index."""
-    parts = measured["thumbnail"].split(256)
-    nearest = distributed.spread(lambda part: tuple(torch.cdist(part, training).min(1)), parts)
-    distance, neighbour = map(torch.cat, zip(*nearest, strict=True))
-    measured["train_distance"], measured["train_neighbour"] = distance / training.shape[1] ** 0.5, neighbour
+    thumbnail = measured["thumbnail"]
+
+    def nearest(part: Tensor) -> Measured:
+        distance, neighbour = torch.cdist(thumbnail[part], training).min(1)
+        return {"train_distance": distance / training.shape[1] ** 0.5, "train_neighbour": neighbour}
+
+    measured |= _in_parts(nearest, len(thumbnail), 256)
 
 
 def select(measured: Measured, index: Tensor) -> Measured:

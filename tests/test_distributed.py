@@ -41,7 +41,7 @@ def in_processes(size: int, work: Callable, *arguments) -> list:
         process.start()
     sender.close()
     found = {}
-    while len(found) < size and receiver.poll(120):  # a process that waits for ever must not hold up the tests
+    while len(found) < size and receiver.poll(400):  # a process that waits for ever must not hold up the tests
         try:
             rank, found_there = receiver.recv()
         except EOFError:
