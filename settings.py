@@ -107,6 +107,12 @@ def constants(script: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in script.items() if re.fullmatch(r"[A-Z][A-Z0-9_]*", k) and isinstance(v, plain)}
 
 
+def first_there(*paths: str) -> str:
+    """The first of some paths inside the repository that there is, or the last one: what was trained here, say, or else
+    what the repository holds."""
+    return next((path for path in paths if (ROOT / path).exists()), paths[-1])
+
+
 def stop_on_signal() -> Callable[[], bool]:
     """Lets a loop finish its step on Ctrl-C or SIGTERM, which is how SLURM ends a job; a second Ctrl-C ends at once.
 

@@ -26,7 +26,9 @@ from models.classifier import load_classifier
 
 DATA_DIR = "data"  # Folder with axion/, cdm/ and no_sub/
 OUTPUT_DIR = "metric_check"  # Where the broken images go
-CLASSIFIER_PATH = "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt"  # Gives the lens features
+CLASSIFIER_PATH = settings.first_there(  # Gives the lens features; the repository's if none was trained here
+    "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
+)
 IMAGES_PER_CLASS = 1000  # As many as half of the test or all of the validation images if these are fewer
 NUM_SPLITS = 10  # Random halves of the real images, for floors and their spread
 SEED = 0  # Of the splits and of what is done to the images

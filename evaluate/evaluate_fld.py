@@ -41,9 +41,13 @@ REAL_DIR = None  # Another such folder of real images, in its place
 GENERATED_DIR = "generated_npy"  # Where generated images go; a folder of images made by something else is only scored
 REPORT_DIR = "evaluation"  # Where report.html and report.json go
 FIGURE_PATH = "evaluation/lenses.png"  # Picture of real and generated lenses
-CHECKPOINT_PATH = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # The generator
+CHECKPOINT_PATH = settings.first_there(  # The generator: the one trained here, or else the one of the repository
+    "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/nanodit_s64.safetensors"
+)
 COMPARE_PATH = None  # A second checkpoint, or folder of images, to be scored in columns beside the first
-CLASSIFIER_PATH = "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt"  # Gives the lens features
+CLASSIFIER_PATH = settings.first_there(  # Gives the lens features, likewise
+    "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
+)
 INCEPTION_WEIGHTS_PATH = None  # File of its weights, for a machine without network
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" goes on without the files that cannot be read
 IMAGES_PER_CLASS = 1000  # As many as half of the test images of a class if these are fewer
@@ -64,6 +68,7 @@ def main() -> None:
     with distributed.main_first():
         real, train = (NpyDataset(data, None, part, ON_BAD_FILE) for part in ("test", "train"))
     classifier = load_classifier(CLASSIFIER_PATH, device)
+    print(f"Lens features of {CLASSIFIER_PATH}")
     count = min(IMAGES_PER_CLASS, int(torch.bincount(real.labels, minlength=len(CLASSES)).min()) // 2)
     if count < 3:
         raise InputError(f"{data}: fewer than 6 test images of a class, or --images_per_class below 3")

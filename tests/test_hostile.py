@@ -17,7 +17,7 @@ from fuzz import fuzz
 
 from dataset import NpyDataset
 from models.checkpoint import load_checkpoint
-from models.classifier import build_classifier
+from models.classifier import build_classifier, load_classifier
 from models.model import NanoDiT
 
 IMAGE = np.random.default_rng(0).random((64, 64))
@@ -349,7 +349,6 @@ def test_a_device_that_is_not_there_is_named(script, capsys):
 
 def test_exported_weights_stand_in_for_their_checkpoint(checkpoint, classifier, lens_data, tmp_path, capsys):
     from evaluate.evaluate_fld import generate_image, load_model
-    from models.classifier import load_classifier
 
     for source, name in ((checkpoint, "generator"), (classifier, "classifier")):
         path = tmp_path / f"{name}.safetensors"
@@ -366,6 +365,20 @@ def test_exported_weights_stand_in_for_their_checkpoint(checkpoint, classifier, 
     assert exported.image_size == 32
     for name, value in load_classifier(classifier).state_dict().items():
         assert torch.equal(exported.state_dict()[name], value)
+
+
+def test_exported_weights_can_be_halved(classifier, tmp_path):
+    flags = ["--checkpoint_path", classifier, "--output_path", tmp_path / "w.safetensors"]
+    trained = load_classifier(classifier).state_dict()
+    sizes = []
+    for pattern, first_letters in (("", "-"), ("layer4*", "layer4"), ("*", "")):
+        run_script("train/export_weights.py", *flags, "--halved", pattern)
+        sizes.append((tmp_path / "w.safetensors").stat().st_size)
+        for name, value in load_checkpoint(tmp_path / "w.safetensors")["model_state_dict"].items():
+            halved = name.startswith(first_letters) and value.dtype != torch.int64
+            assert (value.dtype == torch.float16) == halved, name
+            torch.testing.assert_close(value.to(trained[name].dtype), trained[name], rtol=1e-3, atol=1e-4)
+    assert sizes[0] > sizes[1] > sizes[2] > 0.5 * sizes[0]
 
 
 def test_a_changed_number_in_exported_weights_is_found(checkpoint, tmp_path, capsys):

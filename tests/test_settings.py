@@ -161,6 +161,7 @@ def test_the_scripts_are_those_that_the_readme_names():
     readme = (ROOT / "README.md").read_text()
     assert all(script in readme for script in SCRIPTS)
     assert SCRIPTS == [
+        "evaluate/benchmark.py",
         "evaluate/check_metrics.py",
         "evaluate/estimate_cost.py",
         "evaluate/evaluate_classify.py",
@@ -170,6 +171,13 @@ def test_the_scripts_are_those_that_the_readme_names():
         "train/train_classifier.py",
         "train/train_diffusion.py",
     ]
+
+
+def test_what_was_trained_here_comes_before_what_the_repository_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
+    assert settings.first_there("trained.pt", "weights.safetensors") == "weights.safetensors"
+    (tmp_path / "trained.pt").touch()
+    assert settings.first_there("trained.pt", "weights.safetensors") == "trained.pt"
 
 
 @pytest.mark.parametrize("script_path", SCRIPTS)

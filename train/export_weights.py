@@ -6,6 +6,7 @@ The file holds the configuration of the network and how it was trained, and stan
 """
 
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -16,6 +17,7 @@ from settings import InputError
 
 CHECKPOINT_PATH = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Of a generator or a classifier
 OUTPUT_PATH = "weights/nanodit.safetensors"  # The file to write
+HALVED = ""  # Pattern for the names of weights to store in float16, half as large; "*" for all
 
 _KEPT = ("epoch", "sampler", "val_accuracy", "settings")  # of what else a checkpoint says
 
@@ -31,7 +33,11 @@ def main() -> None:
     else:
         network = build_generator(content, CHECKPOINT_PATH)
         plain["model_config"] = network.config
-    save_weights(OUTPUT_PATH, network.state_dict(), **plain)
+    weights = {
+        name: value.half() if value.is_floating_point() and fnmatch(name, HALVED) else value
+        for name, value in network.state_dict().items()
+    }
+    save_weights(OUTPUT_PATH, weights, **plain)
     print(f"{OUTPUT_PATH}: {Path(OUTPUT_PATH).stat().st_size / 1e6:.1f} MB")
 
 
