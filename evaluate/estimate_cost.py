@@ -75,16 +75,16 @@ def main() -> None:
     print_training(rates, traffic, network)
 
 
-def seconds(work: Callable[[], object], repeats: int = 3) -> float:
-    """The least time that some work takes, after a first time that warms up."""
+def seconds(work: Callable[[], object], repeats: int = 3, warm_up: bool = True) -> float:
+    """The least time that some work takes, after a first time that is not counted."""
     found = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + warm_up):
         started = time.perf_counter()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         found.append(time.perf_counter() - started)
-    return min(found[1:])
+    return min(found[warm_up:])
 
 
 def print_generating(rates: dict[str, float]) -> None:

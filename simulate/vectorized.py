@@ -24,27 +24,45 @@ _SCALE = 0.6343147  # of deflections, which lenstronomy takes to be meant for a 
 
 def render_many(rows: Sequence[dict[str, Any]], device: torch.device | str = "cpu") -> Tensor:
     """Images (n, 64, 64), float32, of rows of ``parameter_table`` of one class; their unit is not that of the files."""
-    x, y, ray_x, ray_y, psf = _main_lens(torch.device(device))
+    return shoot_rays(*to_tensors(rows, device))
+
+
+def to_tensors(rows: Sequence[dict[str, Any]], device: torch.device | str) -> tuple[Tensor, ...]:
+    """What ``shoot_rays`` takes; sources (n, 2), radii (n, m) and positions (n, m, 2) in arcsec, then the recipe."""
     masses, positions = zip(*map(point_masses, rows), strict=True)
-    radii = _to_device(einstein_radius(np.stack(masses)), device)[:, :, None, None]
-    centre = _to_device(np.stack(positions), device)[:, :, None, None]
-    points = func.reduced_deflection_angle_point(centre[..., 0], centre[..., 1], radii, x, y)
-    ray_x, ray_y = ray_x - _SCALE * points[0].sum(1), ray_y - _SCALE * points[1].sum(1)
-    source = _to_device(np.stack([row["source_xy"] for row in rows]), device)[:, :, None, None]
-    light = source_light()
-    phi, q = (torch.tensor(value) for value in ellipticity2phi_q(light["e1"], light["e2"]))
-    index, radius = torch.tensor(light["n_sersic"]), light["R_sersic"] / q**0.5  # lenstronomy's is the mean of the axes
-    brightness = func.brightness_sersic(
-        *(source[:, 0], source[:, 1], q, phi, index, radius, 1.0, ray_x, ray_y, SersicUtil().b_n(light["n_sersic"]))
-    )
-    return psf @ brightness @ psf.T
+    sources = np.stack([row["source_xy"] for row in rows])
+    of_rows = (sources, einstein_radius(np.stack(masses)), np.stack(positions))
+    return *(_to_device(values, device) for values in of_rows), *_recipe(torch.device(device))
+
+
+def shoot_rays(
+    source: Tensor, radius: Tensor, centre: Tensor, pixels: Tensor, rays: Tensor, psf: Tensor, light: Tensor
+) -> Tensor:
+    """Images (n, 64, 64): nothing but tensors, so that torch can compile it.
+
+    Args:
+        source: its centre, (n, 2).
+        radius, centre: Einstein radii and positions of the point masses, (n, m) and (n, m, 2).
+        pixels, rays, psf, light: see ``_recipe``.
+    """
+    radius, centre = radius[:, :, None, None], centre[:, :, None, None]
+    points = func.reduced_deflection_angle_point(centre[..., 0], centre[..., 1], radius, *pixels)
+    ray_x, ray_y = (ray - _SCALE * point.sum(1) for ray, point in zip(rays, points, strict=True))
+    x, y = source[:, :, None, None].unbind(1)
+    q, phi, index, size, b = light
+    return psf @ func.brightness_sersic(x, y, q, phi, index, size, 1.0, ray_x, ray_y, b) @ psf.T
 
 
 @cache
-def _main_lens(device: torch.device) -> tuple[Tensor, ...]:
-    """Pixels' x and y in arcsec, where their rays meet the source plane without point masses, and the PSF's matrix."""
+def _recipe(device: torch.device) -> tuple[Tensor, ...]:
+    """Coordinates of pixels (2, 64, 64) and of their rays in the source plane without point masses, in arcsec; the
+    PSF's matrix (64, 64); the source's axis ratio, angle, Sérsic index, radius and b_n."""
     pixels = np.stack(telescope(0)[1].ImageNumerics.coordinates_evaluate).reshape(2, 64, 64)
-    return tuple(_to_device(part, device) for part in (*pixels, *source_plane(), psf_matrix()))
+    light = source_light()
+    phi, q = ellipticity2phi_q(light["e1"], light["e2"])
+    size = light["R_sersic"] / np.sqrt(q)  # lenstronomy's is the mean of the axes
+    light = np.array([q, phi, light["n_sersic"], size, SersicUtil().b_n(light["n_sersic"])])
+    return tuple(_to_device(values, device) for values in (pixels, source_plane(), psf_matrix(), light))
 
 
 def _to_device(values: np.ndarray, device: torch.device | str) -> Tensor:

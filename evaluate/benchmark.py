@@ -1,0 +1,276 @@
+"""What a lens image costs on this machine, simulated and generated, side by side in one run.
+
+    python evaluate/benchmark.py                    # 10 minutes on two cores, most of them for the reference sampler
+    python evaluate/benchmark.py --data_dir D       # with the quality of each number of passes beside its cost
+
+Contenders: lenstronomy as simulate/simulate_lenses.py uses it, on all cores; the same recipe for many images at once
+(simulate/vectorized.py), compiled; the reference sampler, 50 Euler steps with guidance of NanoDiT-B/2, untrained since
+its speed is the same; the generator of CHECKPOINT_PATH in 1, 2, 4 and 8 passes. Writes OUTPUT_DIR/benchmark.json and
+OUTPUT_DIR/benchmark.png and prints the tables.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import plots
+import settings
+from dataset import CLASSES, NpyDataset, normalize
+from evaluate.estimate_cost import seconds
+from evaluate.evaluate_fld import generate, load_model
+from evaluate.figures import PARTS, first_of_each_class, halves
+from evaluate.metrics import frechet_distance
+from files import whole
+from models import flow
+from models.classifier import classify, load_classifier
+from models.model import SIZES, NanoDiT
+from simulate.simulate_lenses import einstein_radius, parameter_table, point_masses, render
+from simulate.vectorized import shoot_rays, to_tensors
+
+DATA_DIR = None  # Folder with axion/, cdm/ and no_sub/: adds the Fréchet distance to its test images, over its floor
+CHECKPOINT_PATH = settings.first_there(  # The generator: the one trained here, or else the one of the repository
+    "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/nanodit_s64.safetensors"
+)
+CLASSIFIER_PATH = settings.first_there(  # Gives the lens features, likewise
+    "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
+)
+OUTPUT_DIR = "benchmark"  # Where the table and the plot go
+BATCH_SIZE = 64  # Images at once
+ROUNDS = 3  # Every contender is timed once in each round; the median counts
+IMAGES_PER_CLASS = 500  # In a Fréchet distance; as many as half of the test images if these are fewer
+DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
+
+_PASSES = (1, 2, 4, 8)
+_STEPS = (2, 4, 6, 8, 12, 16, 24)  # of which the quality is measured, with every solver
+_BATCHES = (1, 8, 64, 512)
+_PIXELS = (32, 64, 128, 256)
+_SPLITS = 4
+_LENSTRONOMY, _VECTORIZED, _REFERENCE = "lenstronomy, all cores", "vectorized simulator", "reference sampler"
+_Timed = dict[str, tuple[int, Callable[[], object]]]  # contender -> images, and what makes them
+
+
+def main() -> None:
+    device = settings.pick_device(DEVICE)
+    Path(OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+    model = load_model(CHECKPOINT_PATH, DEVICE)
+    rate = max(matmul_rate(device) for _ in range(5))
+    print(f"{device.type}, {torch.get_num_threads()} threads: {rate / 1e9:.0f} GFLOP/s in products of matrices")
+    with simulators(device) as contenders:
+        contenders |= networks(model, device)
+        times = {name: [] for name in contenders}
+        for _ in tqdm(range(ROUNDS), "timing", leave=False):
+            for name, (images, work) in contenders.items():
+                times[name].append(seconds(work, repeats=1, warm_up=not times[name]) / images)
+    found = {name: {"seconds": float(np.median(of_name))} for name, of_name in times.items()}
+    for name, (images, work) in networks(model, device).items():
+        found[name] |= {"operations": operations(work) / images}
+    growth = {
+        "images at once": {n: cost(model, n, model.sampler) for n in _BATCHES},
+        "pixels": {n: cost(of_pixels(model, n), BATCH_SIZE, model.sampler) for n in _PIXELS},
+        "steps": {n: cost(model, BATCH_SIZE, replace(model.sampler, steps=n)) for n in _PASSES},
+    }
+    memory = peak_memory() if device.type == "cpu" else {}
+    quality = {} if DATA_DIR is None else quality_of(model, device)
+    print_contenders(found, rate, quality, model.sampler)
+    print_growth(growth, memory)
+    report = {"settings": settings.constants(globals()), "matmul_rate": rate, "contenders": found, "growth": growth}
+    with whole(Path(OUTPUT_DIR) / "benchmark.json") as file:
+        file.write(json.dumps(report | {"memory": memory, "quality": quality}, indent=1).encode())
+    plots.save(picture(found, quality), Path(OUTPUT_DIR) / "benchmark.png")
+    print(f"\nWritten: {OUTPUT_DIR}/benchmark.json and {OUTPUT_DIR}/benchmark.png")
+
+
+def matmul_rate(device: torch.device, size: int = 2048) -> float:
+    """Operations a second of a product of float32 matrices."""
+    a = torch.randn(size, size, device=device)
+    return 2 * size**3 / seconds(lambda: a @ a)
+
+
+def operations(work: Callable[[], object]) -> int:
+    """Multiplications and additions of all products of matrices, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@contextmanager
+def simulators(device: torch.device) -> Iterator[_Timed]:
+    """Both simulators, as many images of each class."""
+    table = parameter_table(-(-BATCH_SIZE // len(CLASSES)), 0)
+    rows = [dict(zip(row.colnames, row, strict=True)) for row in table]
+    of_class = [[row for row in rows if row["class"] == name] for name in CLASSES]
+    shooters = [compiled(shoot_rays, to_tensors(of_name, device)) for of_name in of_class]
+
+    def vectorized() -> None:
+        for of_name, shoot in zip(of_class, shooters, strict=True):
+            shoot(*to_tensors(of_name, device)).cpu()
+
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            _LENSTRONOMY: (len(rows), lambda: list(pool.map(simulate, rows, chunksize=4))),
+            _VECTORIZED: (len(rows), vectorized),
+        }
+
+
+def compiled(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """The function compiled for such arguments, or as it is where torch cannot: that needs a C++ compiler."""
+    fast = torch.compile(function, dynamic=False)
+    try:
+        fast(*arguments)
+    except Exception:  # whatever the compiler's problem is
+        print("torch cannot compile here: the vectorized simulator is slower than it could be")
+        return function
+    return fast
+
+
+def simulate(row: dict[str, Any]) -> np.ndarray:
+    """A row of the table, by lenstronomy."""
+    masses, positions = point_masses(row)
+    return render(row["source_xy"], einstein_radius(masses), positions)
+
+
+def networks(model: NanoDiT, device: torch.device) -> _Timed:
+    """The reference sampler and the generator in few passes."""
+    reference = NanoDiT(**SIZES["NanoDiT-B/2"]).to(device).eval()
+    alone = 1 if device.type == "cpu" else BATCH_SIZE  # an image takes a CPU a minute
+    return {_REFERENCE: (alone, lambda: draw(reference, alone, flow.Sampler()))} | {
+        _named(steps): (BATCH_SIZE, lambda s=steps: draw(model, BATCH_SIZE, replace(model.sampler, steps=s)))
+        for steps in _PASSES
+    }
+
+
+def _named(passes: int) -> str:
+    return f"NanoDiT, {passes} pass{'es' if passes > 1 else ''}"
+
+
+def draw(model: NanoDiT, images: int, sampler: flow.Sampler) -> Tensor:
+    """Images of all classes, from noise to pixels."""
+    return generate(model, torch.arange(images) % len(CLASSES), sampler, 0, images)
+
+
+def of_pixels(model: NanoDiT, pixels: int) -> NanoDiT:
+    """An untrained network like ``model`` for images of another size: more tokens, or a smaller one."""
+    config = model.config | {"input_size": pixels, "patch_size": min(model.patch_size, pixels)}
+    return NanoDiT(**config).to(model.pos_embed.device).eval()
+
+
+def cost(model: NanoDiT, images: int, sampler: flow.Sampler) -> float:
+    """Seconds an image."""
+    return seconds(lambda: draw(model, images, sampler)) / images
+
+
+def peak_memory() -> dict[int, float]:
+    """Bytes that generating so many images at once needs beyond the loaded network, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_memory, CHECKPOINT_PATH).result()
+
+
+def _peak_memory(checkpoint: str) -> dict[int, float]:
+    model, found = load_model(checkpoint, "cpu"), {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for images in _BATCHES:  # from small to large: the system knows the highest peak so far
+        draw(model, images, model.sampler)
+        found[images] = float(unit) * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return found
+
+
+def quality_of(model: NanoDiT, device: torch.device) -> dict[str, dict[int, dict[str, float]]]:
+    """Fréchet distance in lens features over its floor: solver -> passes -> part -> ratio."""
+    test = NpyDataset(DATA_DIR, None, "test")
+    classifier = load_classifier(CLASSIFIER_PATH, device)
+    count = min(IMAGES_PER_CLASS, int(torch.bincount(test.labels, minlength=len(CLASSES)).min()) // 2)
+    index = first_of_each_class(test.labels, 2 * count)
+    real, labels = classify(classifier, test.read(index))[1], test.labels[index]
+    splits = [halves(labels, count, seed) for seed in range(_SPLITS)]
+
+    of_images = labels[splits[0][0]]  # the same in every half
+
+    def distances(others: list[Tensor]) -> dict[str, float]:
+        """Of the features of a set for each split, their mean over the splits."""
+        found = {}
+        for label, part in enumerate(PARTS, start=-1):
+            of_part = of_images >= 0 if part == "overall" else of_images == label
+            pairs = zip((real[a] for a, _ in splits), others, strict=True)
+            found[part] = float(np.mean([frechet_distance(a[of_part], b[of_part]) for a, b in pairs]))
+        return found
+
+    floor = distances([real[b] for _, b in splits])
+    found = {name: {} for name in flow.SOLVERS}
+    for name, of_solver in tqdm(found.items(), "quality", leave=False):
+        for steps in _STEPS:
+            sampler = replace(model.sampler, steps=steps, solver=name)
+            images = generate(model, of_images, sampler, 0, BATCH_SIZE)
+            features = classify(classifier, normalize(images), show_progress=False)[1]
+            passes = 2 * steps - 1 if name == "heun" else steps
+            value = distances([features] * _SPLITS)
+            of_solver[passes] = {part: value[part] / floor[part] for part in PARTS}
+    return found
+
+
+def print_contenders(
+    found: dict[str, dict[str, float]], rate: float, quality: dict[str, Any], sampler: flow.Sampler
+) -> None:
+    """Time of each contender, beside lenstronomy and beside the time that its operations alone take."""
+    print(
+        "\n| | ms an image | images/s | times lenstronomy | over the arithmetic floor | Fréchet distance over floor |"
+    )
+    print("|---|---|---|---|---|---|")
+    ratios = {_named(passes): ratio for passes, ratio in quality.get(sampler.solver, {}).items()}
+    for name, of_name in found.items():
+        taken = of_name["seconds"]
+        speed = found[_LENSTRONOMY]["seconds"] / taken
+        floor = f"{taken * rate / of_name['operations']:.2f}" if "operations" in of_name else "-"
+        ratio = ratios.get(name)
+        distance = f"{ratio['overall']:.1f} ({', '.join(f'{ratio[part]:.1f}' for part in CLASSES)})" if ratio else "-"
+        print(f"| {name} | {1e3 * taken:.3g} | {1 / taken:,.2g} | {speed:.3g} | {floor} | {distance} |")
+
+
+def print_growth(growth: dict[str, dict[int, float]], memory: dict[int, float]) -> None:
+    """How the generator's cost grows."""
+    for name, costs in growth.items():
+        print(f"\n| {name} | {' | '.join(map(str, costs))} |\n|---|{'---|' * len(costs)}")
+        print(f"| ms an image | {' | '.join(f'{1e3 * value:.3g}' for value in costs.values())} |")
+        if name == "images at once" and memory:
+            print(f"| memory in MB | {' | '.join(f'{value / 1e6:.0f}' for value in memory.values())} |")
+
+
+def picture(found: dict[str, dict[str, float]], quality: dict[str, Any]) -> Figure:
+    """Speeds, and quality against passes where it was measured."""
+    figure = Figure(figsize=(5.5 * (1 + bool(quality)), 3.6), layout="constrained")
+    axes = figure.subplots(1, 1 + bool(quality), squeeze=False)[0]
+    speeds = [1 / of_name["seconds"] for of_name in found.values()]
+    bars = axes[0].barh(list(found), speeds, color=["C1" if "NanoDiT" in name else "C0" for name in found])
+    axes[0].bar_label(bars, [f" {speed:,.2g}" for speed in speeds])
+    axes[0].set(xscale="log", xlabel="images/s", xlim=(min(speeds) / 2, 8 * max(speeds)))
+    axes[0].invert_yaxis()
+    for solver, of_solver in quality.items():
+        axes[1].plot(list(of_solver), [ratio["overall"] for ratio in of_solver.values()], ".-", label=solver)
+    if quality:
+        axes[1].axhline(1, color="black", linewidth=0.8, linestyle="--", label="real against real")
+        axes[1].set(xscale="log", yscale="log", xlabel="passes an image", ylabel="Fréchet distance over its floor")
+        axes[1].set_xticks(_STEPS, map(str, _STEPS))
+        axes[1].minorticks_off()
+        axes[1].grid(alpha=0.3)
+        axes[1].legend()
+    return figure
+
+
+if __name__ == "__main__":
+    settings.run(main, globals())

@@ -1,0 +1,71 @@
+"""The benchmark counts and divides rightly, and its tables and files are there."""
+
+import json
+
+import numpy as np
+import torch
+from conftest import run_script
+
+from dataset import NpyDataset, normalize
+from evaluate import benchmark
+from models import flow
+from models.model import NanoDiT
+
+
+def test_operations_are_those_of_the_products():
+    a, b = torch.randn(3, 5), torch.randn(5, 7)
+    assert benchmark.operations(lambda: (a @ b).relu()) == 2 * 3 * 5 * 7
+    network = torch.nn.Linear(10, 20)
+    assert benchmark.operations(lambda: network(torch.randn(4, 10))) == 2 * 4 * 10 * 20
+
+
+def test_a_pass_is_a_step_of_the_generator(monkeypatch):
+    model = NanoDiT(patch_size=16, hidden_size=32, depth=1, num_heads=2, prediction="image").eval()
+    model.sampler = flow.Sampler(30, 1.0, "multistep", "cosine")
+    of_one, *of_more = (
+        benchmark.operations(benchmark.networks(model, torch.device("cpu"))[name][1])
+        for name in ("NanoDiT, 1 pass", "NanoDiT, 2 passes", "NanoDiT, 8 passes")
+    )
+    assert of_more == [2 * of_one, 8 * of_one]
+
+
+def test_real_images_are_at_the_floor_and_noise_is_far_from_it(lens_data, classifier, monkeypatch):
+    val = NpyDataset(lens_data, None, "val")
+    model = NanoDiT(patch_size=16, hidden_size=32, depth=1, num_heads=2, prediction="image").eval()
+    monkeypatch.setattr(benchmark, "DATA_DIR", lens_data)
+    monkeypatch.setattr(benchmark, "CLASSIFIER_PATH", classifier)
+    monkeypatch.setattr(benchmark, "_STEPS", (2,))
+    monkeypatch.setattr(flow, "SOLVERS", {"heun": flow.heun})
+
+    def ratio_of(share_of_noise: float) -> dict[str, float]:
+        def generate(model, labels, sampler, seed, batch_size):
+            images = torch.stack([val.images[val.labels == label][i % 5] for i, label in enumerate(labels)])
+            return (1 - share_of_noise) * normalize(images) + share_of_noise * torch.rand(len(labels), 1, 64, 64)
+
+        monkeypatch.setattr(benchmark, "generate", generate)
+        return benchmark.quality_of(model, torch.device("cpu"))["heun"][3]  # two steps are three passes
+
+    real, noise = ratio_of(0), ratio_of(1)
+    assert set(real) == {"overall", "axion", "cdm", "no_sub"}
+    for part, ratio in real.items():
+        assert 0.2 < ratio < 5
+        assert noise[part] > 20 * ratio
+
+
+def test_the_benchmark_writes_its_tables(lens_data, checkpoint, classifier, tmp_path, monkeypatch, capsys):
+    reference = {"patch_size": 32, "hidden_size": 32, "depth": 1, "num_heads": 2, "prediction": "velocity"}
+    monkeypatch.setattr("models.model.SIZES", {"NanoDiT-B/2": reference})
+    flags = ["--checkpoint_path", checkpoint, "--classifier_path", classifier, "--data_dir", lens_data]
+    flags += ["--output_dir", tmp_path, "--batch_size", 6, "--rounds", 1, "--device", "cpu"]
+    run_script("evaluate/benchmark.py", *flags)
+    out = capsys.readouterr().out
+    for name in ("lenstronomy, all cores", "vectorized simulator", "reference sampler", "NanoDiT, 8 passes"):
+        assert f"| {name} |" in out
+    for name in ("images at once", "pixels", "steps", "memory in MB"):
+        assert f"| {name} |" in out
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    for contender in found["contenders"].values():
+        assert 1e-7 < contender["seconds"] < 60
+    assert found["quality"]["euler"]["8"]["overall"] > 0
+    assert np.isfinite(found["matmul_rate"])
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
