@@ -96,7 +96,13 @@ def guided(velocity: Velocity, null_label: int, scale: float) -> Velocity:
 
 
 def time_grid(steps: int, name: str = "uniform") -> list[float]:
-    """Times from 1 to 0: "uniform", or "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends."""
+    """Times from 1 to 0.
+
+    "uniform"; "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends; or "jump", where the first step
+    goes half of the way and the others follow a square, for a network whose first pass has learned to end in an image.
+    """
+    if name == "jump":
+        return [1.0, *(0.5 * (i / (steps - 1)) ** 2 for i in range(steps - 1, 0, -1)), 0.0]
     if name == "cosine":
         return [math.sin(math.pi / 2 * i / steps) ** 2 for i in range(steps, -1, -1)]
     return [i / steps for i in range(steps, -1, -1)]
@@ -141,7 +147,7 @@ def multistep(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float])
 
 
 SOLVERS = {"euler": euler, "heun": heun, "multistep": multistep}
-TIME_GRIDS = ("uniform", "cosine")
+TIME_GRIDS = ("uniform", "cosine", "jump")
 
 
 @dataclass(frozen=True)

@@ -132,10 +132,14 @@ def test_a_perfect_clean_image_prediction_needs_one_step(solver):
         torch.testing.assert_close(found, image)
 
 
-def test_grids_run_from_1_to_0_with_equal_steps_or_with_those_of_a_cosine():
+def test_grids_run_from_1_to_0():
     assert flow.time_grid(4) == [1, 0.75, 0.5, 0.25, 0]
     half = math.sqrt(0.5) / 2
     assert flow.time_grid(4, "cosine") == pytest.approx([1, 0.5 + half, 0.5, 0.5 - half, 0])
+    assert flow.time_grid(4, "jump") == pytest.approx([1, 0.5, 2 / 9, 1 / 18, 0])
+    assert flow.time_grid(2, "jump") == [1, 0.5, 0]
+    for name in flow.TIME_GRIDS:
+        assert flow.time_grid(1, name) == [1, 0]
 
 
 @pytest.mark.parametrize(

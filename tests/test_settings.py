@@ -168,6 +168,7 @@ def test_the_scripts_are_those_that_the_readme_names():
         "evaluate/evaluate_fld.py",
         "simulate/simulate_lenses.py",
         "train/export_weights.py",
+        "train/make_pairs.py",
         "train/train_classifier.py",
         "train/train_diffusion.py",
     ]

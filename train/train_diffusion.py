@@ -27,9 +27,10 @@ import plots
 import settings
 from dataset import CLASSES, NpyDataset, diffusion_transforms, epoch_batches
 from models import flow
-from models.checkpoint import load_weights, save_checkpoint
+from models.checkpoint import generator_weights, load_checkpoint, load_weights, save_checkpoint
 from models.model import SIZES, NanoDiT
 from settings import InputError
+from train.make_pairs import read_pairs
 from train.safety import advance, announce, check_finite, keep_newest, load_optimizer_state, newest_checkpoint
 
 DATA_DIR = "data"  # Folder with axion/, cdm/ and no_sub/; yours, or made by simulate/simulate_lenses.py
@@ -58,6 +59,9 @@ LABEL_DROPOUT = 0.1  # Share of labels hidden in training; guidance needs it
 TIME_SAMPLING: Literal["uniform", "logit_normal"] = "uniform"  # "logit_normal" for short runs with PREDICTION = "image"
 TIME_MEDIAN = 0.69  # Of "logit_normal"; 0.3 for a patch basis, whose images are made by the last steps
 TIME_WIDTH = 0.8  # Likewise; 2 for a patch basis
+START_PATH = None  # A checkpoint whose weights to start from, of the same network
+PAIRS_DIR = None  # Pairs of train/make_pairs.py: a pass at t = 1 learns to jump to the image, so that few steps do
+PAIRS_SHARE = 0.5  # Of each batch
 EMA_BETA = 0.9999  # 0.999 for runs of under 50000 steps
 EMA_UPDATE_EVERY = 10  # Steps between updates of the EMA; 1 for short runs
 SEED = 42  # Of weights, order of data, times and noise
@@ -65,7 +69,7 @@ SEED = 42  # Of weights, order of data, times and noise
 CFG_SCALE = 5.0  # Guidance scale of the samples, here and wherever the checkpoint is used; 1 is no guidance
 NUM_ODE_STEPS = 50  # From noise to image, likewise
 SOLVER: Literal[(*flow.SOLVERS,)] = "euler"  # Likewise; "multistep" needs fewer steps, and "heun", of two passes each
-TIME_GRID: Literal[flow.TIME_GRIDS] = "uniform"  # Of the steps, likewise; "cosine" for few steps and a patch basis
+TIME_GRID: Literal[flow.TIME_GRIDS] = "uniform"  # Of the steps; "cosine" for a patch basis, "jump" with PAIRS_DIR
 NUM_SAMPLES_PER_CLASS = 4  # Samples of each class in a grid
 SAMPLE_INTERVAL = 10  # Epochs between sample grids
 CHECKPOINT_SAVE_INTERVAL = 10  # Epochs between checkpoints
@@ -106,6 +110,11 @@ def main() -> None:
         model.fit_basis(dataset.images)
     except ValueError as error:
         raise InputError(f"no such network: {error}") from None
+    if START_PATH:
+        content = load_checkpoint(START_PATH)
+        if content.get("model_config") != model.config:
+            raise InputError(f"{START_PATH} is of another network")
+        load_weights(model, generator_weights(content), START_PATH)
     model.to(device)
     print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters")
     if distributed.is_main():
@@ -131,6 +140,11 @@ def main() -> None:
     trained = distributed.data_parallel(model)
     if model.patch_basis is not None:  # now that all processes have that of the first one
         dataset.images = torch.cat([model.encode(part.to(device)).cpu() for part in dataset.images.split(4096)])
+    num_images = len(dataset)
+    if PAIRS_DIR:  # their images come after those of the data
+        pair_noise, pair_images, pair_labels = read_pairs(PAIRS_DIR, model.sample_shape, len(CLASSES))
+        dataset.images = torch.cat([dataset.images, pair_images])
+        dataset.labels = torch.cat([dataset.labels, pair_labels])
     dataset.to(device)
     stop_asked = settings.stop_on_signal()
 
@@ -164,7 +178,7 @@ def main() -> None:
     for epoch in range(len(history) + 1, EPOCHS + 1):
         model.train()
         started, first = time.monotonic(), done
-        batches = epoch_batches(len(dataset), BATCH_SIZE, SEED, epoch)[done:]
+        batches = epoch_batches(num_images, BATCH_SIZE, SEED, epoch)[done:]
         bar = tqdm(batches, f"epoch {epoch}/{EPOCHS}", steps_per_epoch, initial=done, unit="step", leave=False)
         for step, batch in enumerate(bar, done + 1):
             global_step = (epoch - 1) * steps_per_epoch + step
@@ -173,6 +187,10 @@ def main() -> None:
             noise = torch.randn(len(batch), *model.sample_shape, generator=random, device=device)
             t = flow.draw_times(len(batch), TIME_SAMPLING, random, TIME_MEDIAN, TIME_WIDTH)
             batch = batch.to(dataset.labels.device)
+            if PAIRS_DIR:
+                n = round(PAIRS_SHARE * len(batch))
+                pairs = torch.randint(len(pair_noise), (n,), generator=random, device=device).cpu()
+                batch[:n], noise[:n], t[:n] = num_images + pairs, pair_noise[pairs].to(device), 1
             labels = flow.drop_labels(dataset.labels[batch].to(device), len(CLASSES), LABEL_DROPOUT, random)
 
             optimizer.zero_grad()
