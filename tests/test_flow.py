@@ -91,7 +91,7 @@ def gaussian_velocity(mean: float, std: float):
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("multistep", 2)])
-@pytest.mark.parametrize("grid", flow.TIME_GRIDS)
+@pytest.mark.parametrize("grid", ["uniform", "cosine"])  # the first step of "jump" stays as it is
 def test_a_solver_follows_the_exact_solution_with_the_error_of_its_order(solver, order, grid):
     velocity = gaussian_velocity(mean=0.7, std=0.3)
     noise = torch.randn(200, 1, 2, 2, dtype=torch.float64)
@@ -136,8 +136,8 @@ def test_grids_run_from_1_to_0():
     assert flow.time_grid(4) == [1, 0.75, 0.5, 0.25, 0]
     half = math.sqrt(0.5) / 2
     assert flow.time_grid(4, "cosine") == pytest.approx([1, 0.5 + half, 0.5, 0.5 - half, 0])
-    assert flow.time_grid(4, "jump") == pytest.approx([1, 0.5, 2 / 9, 1 / 18, 0])
-    assert flow.time_grid(2, "jump") == [1, 0.5, 0]
+    assert flow.time_grid(4, "jump") == pytest.approx([1, 0.9, 0.4, 0.1, 0])
+    assert flow.time_grid(2, "jump") == [1, 0.9, 0]
     for name in flow.TIME_GRIDS:
         assert flow.time_grid(1, name) == [1, 0]
 
