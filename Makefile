@@ -1,6 +1,7 @@
-# make demo   installs into .venv, simulates lenses, trains the small generator and the classifier, generates, evaluates;
-#             ends with demo/lenses.png, demo/evaluation/report.html and a table of scores. Run it again to go on where
-#             it was stopped.
+# make demo   installs into .venv, simulates lenses, generates others with the trained network of weights/, evaluates; ends
+#             with demo/lenses.png, demo/evaluation/report.html and a table of scores.
+# make train-demo   the same with networks trained from scratch on those lenses, in demo/trained. Run it again to go on
+#             where it was stopped.
 # make test   installs into .venv and runs every test, but for the long versions of some.
 # make test-long   runs those: 500 kills of a training, 10,000 damaged files, 20,000 steps. An hour or so.
 # make lint   checks style and format.
@@ -8,33 +9,38 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
+TRAINED := $(DEMO)/trained
 
-# Both trainings of the demo run at once, each with half of the cores: small batches gain little from more
+# Both trainings run at once, each with half of the cores: small batches gain little from more
 HALF_OF_CORES := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 
-.PHONY: demo demo-data demo-generator demo-classifier test test-long lint clean
+.PHONY: demo train-demo demo-data demo-generator demo-classifier test test-long lint clean
 
-demo: .venv/installed
-	$(MAKE) --no-print-directory demo-data
-	OMP_NUM_THREADS=$(HALF_OF_CORES) $(MAKE) --no-print-directory -j2 demo-generator demo-classifier
+demo: demo-data
 	$(BIN)/python evaluate/evaluate_fld.py --data_dir $(DEMO)/data --generated_dir $(DEMO)/generated_npy \
-		--checkpoint_path $(DEMO)/diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt \
-		--classifier_path $(DEMO)/classifier_training_resnet18/classifier_ckpts/resnet18_best.pt \
-		--figure_path $(DEMO)/lenses.png --report_dir $(DEMO)/evaluation \
-		--cfg_scale 1 --num_ode_steps 20 --num_splits 4
+		--checkpoint_path weights/nanodit_s64.safetensors --classifier_path weights/resnet18_lens.safetensors \
+		--figure_path $(DEMO)/lenses.png --report_dir $(DEMO)/evaluation --num_splits 4
 
-demo-data:
-	$(BIN)/python simulate/simulate_lenses.py --data_dir $(DEMO)/data --num_per_class 4000
+train-demo: demo-data
+	OMP_NUM_THREADS=$(HALF_OF_CORES) $(MAKE) --no-print-directory -j2 demo-generator demo-classifier
+	$(BIN)/python evaluate/evaluate_fld.py --data_dir $(DEMO)/data --generated_dir $(TRAINED)/generated_npy \
+		--checkpoint_path $(TRAINED)/diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt \
+		--classifier_path $(TRAINED)/classifier_training_resnet18/classifier_ckpts/resnet18_best.pt \
+		--figure_path $(TRAINED)/lenses.png --report_dir $(TRAINED)/evaluation --num_splits 4
+
+# Seed 1 is that of the images of weights/: none of the test images was seen in training
+demo-data: .venv/installed
+	$(BIN)/python simulate/simulate_lenses.py --data_dir $(DEMO)/data --num_per_class 4000 --seed 1
 
 demo-generator:
-	$(BIN)/python train/train_diffusion.py --data_dir $(DEMO)/data --output_dir $(DEMO)/diffusion_training \
+	$(BIN)/python train/train_diffusion.py --data_dir $(DEMO)/data --output_dir $(TRAINED)/diffusion_training \
 		--model_size NanoDiT-S/16 --batch_size 16 --learning_rate 2e-3 --adam_beta2 0.99 --epochs 8 \
 		--warmup_epochs 0.2 --time_sampling logit_normal --ema_beta 0.999 --ema_update_every 1 \
 		--cfg_scale 1 --num_ode_steps 20 --sample_interval 1 --checkpoint_save_interval 1
 
 # Its progress bars go to a file, so that those of the generator stay readable
 demo-classifier:
-	$(BIN)/python train/train_classifier.py --data_dir $(DEMO)/data --output_dir $(DEMO)/classifier_training_resnet18 \
+	$(BIN)/python train/train_classifier.py --data_dir $(DEMO)/data --output_dir $(TRAINED)/classifier_training_resnet18 \
 		--image_size 48 --batch_size 64 --epochs 4 --pretrained false 2> $(DEMO)/classifier.log \
 		|| (tail -n 3 $(DEMO)/classifier.log; exit 1)
 

@@ -99,10 +99,10 @@ def time_grid(steps: int, name: str = "uniform") -> list[float]:
     """Times from 1 to 0.
 
     "uniform"; "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends; or "jump", where the first step
-    goes to 0.9 and the others follow a square, for a network whose first pass has learned to end in an image.
+    goes to 0.8 and the others follow a square, for a network whose first pass has learned to end in an image.
     """
     if name == "jump":
-        return [1.0, *(0.9 * (i / (steps - 1)) ** 2 for i in range(steps - 1, 0, -1)), 0.0]
+        return [1.0, *(0.8 * (i / (steps - 1)) ** 2 for i in range(steps - 1, 0, -1)), 0.0]
     if name == "cosine":
         return [math.sin(math.pi / 2 * i / steps) ** 2 for i in range(steps, -1, -1)]
     return [i / steps for i in range(steps, -1, -1)]

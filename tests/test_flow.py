@@ -136,8 +136,8 @@ def test_grids_run_from_1_to_0():
     assert flow.time_grid(4) == [1, 0.75, 0.5, 0.25, 0]
     half = math.sqrt(0.5) / 2
     assert flow.time_grid(4, "cosine") == pytest.approx([1, 0.5 + half, 0.5, 0.5 - half, 0])
-    assert flow.time_grid(4, "jump") == pytest.approx([1, 0.9, 0.4, 0.1, 0])
-    assert flow.time_grid(2, "jump") == [1, 0.9, 0]
+    assert flow.time_grid(4, "jump") == pytest.approx([1, 0.8, 0.8 * 4 / 9, 0.8 / 9, 0])
+    assert flow.time_grid(2, "jump") == [1, 0.8, 0]
     for name in flow.TIME_GRIDS:
         assert flow.time_grid(1, name) == [1, 0]
 
