@@ -1,6 +1,6 @@
 """What a lens image costs on this machine, simulated and generated, side by side in one run.
 
-    python evaluate/benchmark.py                    # 10 minutes on two cores, most of them for the reference sampler
+    python evaluate/benchmark.py                    # on a CPU, mostly waits for the reference sampler
     python evaluate/benchmark.py --data_dir D       # with the quality of each number of passes beside its cost
 
 Contenders: lenstronomy as simulate/simulate_lenses.py uses it, on all cores; the same recipe for many images at once
@@ -41,7 +41,7 @@ from files import whole
 from models import flow
 from models.classifier import classify, load_classifier
 from models.model import SIZES, NanoDiT
-from simulate.simulate_lenses import einstein_radius, parameter_table, point_masses, render
+from simulate.simulate_lenses import parameter_table, render_row
 from simulate.vectorized import shoot_rays, to_tensors
 
 DATA_DIR = None  # Folder with axion/, cdm/ and no_sub/: adds the Fréchet distance to its test images, over its floor
@@ -70,7 +70,7 @@ def main() -> None:
     device = settings.pick_device(DEVICE)
     Path(OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     model = load_model(CHECKPOINT_PATH, DEVICE)
-    rate = max(matmul_rate(device) for _ in range(5))
+    rate = matmul_rate(device)
     print(f"{device.type}, {torch.get_num_threads()} threads: {rate / 1e9:.0f} GFLOP/s in products of matrices")
     generators = networks(model, device)
     with simulators(device) as contenders:
@@ -86,7 +86,7 @@ def main() -> None:
     growth = {
         "images at once": {n: cost(model, n, model.sampler) for n in _BATCHES},
         "pixels": {n: cost(of_pixels(model, n), BATCH_SIZE, model.sampler) for n in _PIXELS},
-        "steps": {n: cost(model, BATCH_SIZE, replace(model.sampler, steps=n)) for n in _PASSES},
+        "steps": {n: found[_named(n)]["seconds"] for n in _PASSES},
     }
     memory = peak_memory() if device.type == "cpu" else {}
     quality = {} if DATA_DIR is None else quality_of(model, device)
@@ -102,7 +102,7 @@ def main() -> None:
 def matmul_rate(device: torch.device, size: int = 2048) -> float:
     """Operations a second of a product of float32 matrices."""
     a = torch.randn(size, size, device=device)
-    return 2 * size**3 / seconds(lambda: a @ a)
+    return 2 * size**3 / seconds(lambda: a @ a, repeats=15)
 
 
 def operations(work: Callable[[], object]) -> int:
@@ -126,7 +126,7 @@ def simulators(device: torch.device) -> Iterator[_Timed]:
 
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         yield {
-            _LENSTRONOMY: (len(rows), lambda: list(pool.map(simulate, rows, chunksize=4))),
+            _LENSTRONOMY: (len(rows), lambda: list(pool.map(render_row, rows, chunksize=4))),
             _VECTORIZED: (len(rows), vectorized),
         }
 
@@ -140,12 +140,6 @@ def compiled(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> 
         print("torch cannot compile here: the vectorized simulator is slower than it could be")
         return function
     return fast
-
-
-def simulate(row: dict[str, Any]) -> np.ndarray:
-    """A row of the table, by lenstronomy."""
-    masses, positions = point_masses(row)
-    return render(row["source_xy"], einstein_radius(masses), positions)
 
 
 def networks(model: NanoDiT, device: torch.device) -> dict[str, tuple[NanoDiT, int, flow.Sampler]]:

@@ -175,6 +175,13 @@ def render(
     return 2 * image_model.image(lens, source_amplitude)  # twice, as the published files are
 
 
+def render_row(row: dict[str, Any], convention: str = "luminosity") -> np.ndarray:
+    """The image of a row of ``parameter_table``, as ``render`` gives it."""
+    masses, positions = point_masses(row)
+    halo = einstein_radius(_HALO_MASS, convention)
+    return render(row["source_xy"], einstein_radius(masses, convention), positions, halo)
+
+
 def smooth_lens(halo_theta_e: float | None = None) -> list[dict[str, float]]:
     """The lens without substructure, as lenstronomy takes it."""
     halo_theta_e = einstein_radius(_HALO_MASS) if halo_theta_e is None else halo_theta_e
@@ -206,10 +213,7 @@ def psf_matrix() -> np.ndarray:
 
 def simulate_to_file(folder: Path, convention: str, row: dict[str, Any]) -> None:
     """Renders a row of the table to its file; the file appears whole or not at all."""
-    masses, positions = point_masses(row)
-    halo = einstein_radius(_HALO_MASS, convention)
-    image = render(row["source_xy"], einstein_radius(masses, convention), positions, halo)
-    save_array(image_path(folder, row), image.astype(np.float32))
+    save_array(image_path(folder, row), render_row(row, convention).astype(np.float32))
 
 
 def image_path(folder: Path, row: dict[str, Any]) -> Path:
