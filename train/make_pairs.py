@@ -1,7 +1,7 @@
 """Makes pairs of noise and the image that a trained generator makes of it, so that another one can learn to jump.
 
     python train/make_pairs.py --checkpoint_path C
-    python train/train_diffusion.py --start_path C --pairs_dir pairs --time_grid jump --num_ode_steps 4 ...
+    python train/train_diffusion.py --start_path C --pairs_dir pairs --time_grid jump --num_ode_steps 8 ...
 
 Writes PAIRS_DIR/{i}.npy, parts of images as the flow sees them, class after class, and PAIRS_DIR/pairs.json; the noise
 follows from SEED. A run that was stopped goes on where it was, and a later one can add more.

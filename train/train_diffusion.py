@@ -107,7 +107,8 @@ def main() -> None:
     dataset.images = diffusion_transforms(dataset.images)  # once and for all epochs
     try:
         model = NanoDiT(input_size=IMG_SIZE, num_classes=len(CLASSES), **network)
-        model.fit_basis(dataset.images)
+        if not START_PATH:  # its weights hold a basis
+            model.fit_basis(dataset.images)
     except ValueError as error:
         raise InputError(f"no such network: {error}") from None
     if START_PATH:
