@@ -60,9 +60,12 @@ def main() -> None:
     print(f"{len(table)} images in {folder}, {len(todo)} of them to simulate in {workers} processes")
     rows = [dict(zip(row.colnames, row, strict=True)) for row in todo]
     job = partial(simulate_to_file, folder, EINSTEIN_RADIUS_CONVENTION)
-    with ProcessPoolExecutor(workers, initializer=_ignore_ctrl_c) as pool:  # on Ctrl-C, drops what has not begun
+    pool = ProcessPoolExecutor(workers, initializer=_ignore_ctrl_c)
+    try:
         for _ in tqdm(pool.map(job, rows, chunksize=16), total=len(rows), unit="image"):
             pass
+    finally:
+        pool.shutdown(cancel_futures=True)  # on Ctrl-C, drops what has not begun
 
 
 def parameter_table(num_per_class: int, seed: int) -> Table:

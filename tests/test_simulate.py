@@ -147,6 +147,18 @@ def test_ctrl_c_leaves_whole_files_and_one_line(tmp_path):
     assert sizes == {128 + 4 * 64 * 64}
 
 
+def test_ctrl_c_in_the_progress_bar_drops_what_has_not_begun(monkeypatch, tmp_path):
+    def bar(images, **_):
+        next(images)
+        raise KeyboardInterrupt
+
+    for name, value in {"DATA_DIR": tmp_path, "NUM_PER_CLASS": 200, "NUM_WORKERS": 1, "tqdm": bar}.items():
+        monkeypatch.setattr(sim, name, value)
+    with pytest.raises(KeyboardInterrupt):
+        sim.main()
+    assert len(list(tmp_path.glob("*/*.npy"))) < 200
+
+
 # Against the published images themselves
 
 
