@@ -108,6 +108,7 @@ def histograms(panels: dict[str, dict[str, np.ndarray]], xlabel: str) -> Figure:
             within = values.clip(edges[0], edges[-1])
             axis.hist(within, edges, weights=share, histtype="step", linewidth=1.5, label=name)
         axis.set(title=title, xlabel=xlabel, ylabel="share of images", xscale="log")
+        axis.set_xlim(10 ** np.floor(np.log10(edges[0])), 10 ** np.ceil(np.log10(edges[-1])))  # labels at decades alone
         axis.grid(alpha=0.3)
     axis.legend()
     return figure
