@@ -271,6 +271,7 @@ def test_a_bad_inception_file_is_one_line_and_runs_nothing(tmp_path, monkeypatch
         (["--report_dir", "/proc/report"], "/proc/report: "),
         (["--compare_path", "nowhere.pt"], "nowhere.pt: cannot be read"),
         (["--real_dir", "nowhere"], "nowhere: no folder axion"),
+        (["--generated_dir", __file__], f"{__file__}: not a folder"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(flags, capsys, wrong, complaint):
