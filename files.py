@@ -1,8 +1,9 @@
 """Files that are never half there."""
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +21,8 @@ def whole(path: str | Path, sync: bool = False) -> Iterator[BinaryIO]:
         OSError: with the name of the file, when it cannot be written; an older file of that name is still there.
     """
     path = Path(path)
+    if path.parent.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(path.parent))
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +33,8 @@ def whole(path: str | Path, sync: bool = False) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it may never have been there
+            part.unlink()
         if isinstance(error, OSError):
             error.filename = str(path)
         raise

@@ -185,8 +185,6 @@ def generate(
 def images_to_score(folder: str, checkpoint: str | None, count: int) -> tuple[NpyDataset, dict[str, Any]]:
     """The images of a folder, and where they come from; generates them unless something else made them."""
     folder, marker = Path(folder), Path(folder) / _MARKER
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: not a folder")
     if not marker.exists() and any(folder.glob("*/*.npy")):
         print(f"Scoring the images of {folder}, which were not made here: nothing is generated")
         with distributed.main_first():

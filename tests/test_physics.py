@@ -85,10 +85,7 @@ def test_the_fit_finds_the_source_of_200_smooth_lenses_and_leaves_nothing_over(n
 def test_substructure_blur_and_rotation_leave_a_residual(no_sub):
     smooth = fit_smooth_lens(no_sub[1][:30])[1].square().mean((1, 2, 3)).sqrt()
     table = sim.parameter_table(30, seed=3)
-    images = []
-    for row in table[table["class"] == "axion"]:
-        masses, positions = sim.point_masses(row)
-        images.append(sim.render(row["source_xy"], sim.einstein_radius(masses), positions))
+    images = [sim.render_row(row) for row in table[table["class"] == "axion"]]
     blurred = gaussian_filter(no_sub[1][:30].numpy(), (0, 0, 1, 1))
     turned = np.rot90(no_sub[1][:30].numpy(), axes=(2, 3)).copy()
     for worse in (np.stack(images)[:, None], blurred, turned):

@@ -171,12 +171,7 @@ def share_told_apart(a: np.ndarray, b: np.ndarray) -> float:
 
 def simulated(name: str, count: int, convention: str = "luminosity") -> np.ndarray:
     table = sim.parameter_table(count, seed=5)
-    images = []
-    for row in table[table["class"] == name]:
-        masses, positions = sim.point_masses(row)
-        halo = sim.einstein_radius(1e12, convention)
-        images.append(sim.render(row["source_xy"], sim.einstein_radius(masses, convention), positions, halo))
-    return np.stack(images)
+    return np.stack([sim.render_row(row, convention) for row in table[table["class"] == name]])
 
 
 @pytest.mark.skipif("LENS_REFERENCE" not in os.environ, reason="LENS_REFERENCE, an .npz of published images, not set")
