@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataset import diffusion_transforms
 from models import flow
 
 # NanoDiT-<width>/<patch>, largest first. B/2 is the published network, for a GPU; S, under 5 M parameters and with few
@@ -24,6 +25,7 @@ SIZES = {
     },
 }
 
+_LIGHT = 0.2153  # root mean square that a patch basis scales images to; simulated lenses in [-1, 1] have it on average
 _FAINTEST = 0.2  # of the brightest principal component: with less, the bright ones are learned too late
 
 
@@ -107,15 +109,17 @@ class NanoDiT(nn.Module):
         if self.patch_basis is not None:
             if len(images) * self.num_tokens < len(self.patch_basis.spread):
                 raise ValueError(f"{len(images)} images are too few for a patch basis")
-            self.patch_basis.fit(self._patchify(images).flatten(0, 1))
+            self.patch_basis.fit(self._patchify(equal_light(images)).flatten(0, 1))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) to what the flow is of, (n, *sample_shape)."""
-        return images if self.patch_basis is None else self.patch_basis.encode(self._patchify(images))
+        """Images (n, c, h, w) in [-1, 1] to what the flow is of, (n, *sample_shape)."""
+        return images if self.patch_basis is None else self.patch_basis.encode(self._patchify(equal_light(images)))
 
     def decode(self, z: Tensor) -> Tensor:
-        """The inverse of ``encode``."""
-        return z if self.patch_basis is None else self._unpatchify(self.patch_basis.decode(z))
+        """The inverse of ``encode``; with a patch basis, each image fills [-1, 1]."""
+        if self.patch_basis is None:
+            return z
+        return diffusion_transforms(self._unpatchify(self.patch_basis.decode(z)).clamp_min(0))
 
     def weigh(self, error: Tensor) -> Tensor:
         """Errors of a velocity as the loss counts them."""
@@ -292,6 +296,17 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=2)
         return self.linear(_modulate(self.norm_final(x), shift, scale))
+
+
+def equal_light(images: Tensor) -> Tensor:
+    """Images (n, c, h, w) in [-1, 1] to light, 0 where there is none, of the same root mean square.
+
+    Scaled to the same peak, as files are, the brightness of a lens jumps up and down by 3% as the peak moves from pixel
+    to pixel, which no small network can learn; scaled to the same power it is a smooth function of the source position.
+    """
+    light = images + 1
+    power = light.square().mean((-3, -2, -1), keepdim=True)
+    return light * (_LIGHT / power.sqrt().clamp_min(1e-6))
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
