@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,14 +32,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plots
 import settings
-from dataset import CLASSES, NpyDataset, normalize
+from dataset import CLASSES
 from evaluate.estimate_cost import seconds
 from evaluate.evaluate_fld import generate, load_model
-from evaluate.figures import PARTS, first_of_each_class, halves
-from evaluate.metrics import frechet_distance
+from evaluate.lens_distance import LensDistance
 from files import whole
 from models import flow
-from models.classifier import classify, load_classifier
+from models.classifier import load_classifier
 from models.model import SIZES, NanoDiT
 from simulate.simulate_lenses import parameter_table, render_row
 from simulate.vectorized import shoot_rays, to_tensors
@@ -58,10 +57,8 @@ IMAGES_PER_CLASS = 500  # In a Fréchet distance; as many as half of the test im
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
 _PASSES = (1, 2, 4, 8)
-_STEPS = (1, 2, 3, 4, 6, 8, 12, 16)  # of which the quality is measured, with every solver
 _BATCHES = (1, 8, 64, 512)
 _PIXELS = (32, 64, 128, 256)
-_SPLITS = 4
 _LENSTRONOMY, _VECTORIZED, _REFERENCE = "lenstronomy, all cores", "vectorized simulator", "reference sampler"
 _Timed = dict[str, tuple[int, Callable[[], object]]]  # contender -> images, and what makes them
 
@@ -90,7 +87,7 @@ def main() -> None:
     }
     memory = peak_memory() if device.type == "cpu" else {}
     quality = {} if DATA_DIR is None else quality_of(model, device)
-    print_contenders(found, rate, quality, model.sampler)
+    print_contenders(found, rate, quality)
     print_growth(growth, memory)
     report = {"settings": settings.constants(globals()), "matmul_rate": rate, "contenders": found, "growth": growth}
     with whole(Path(OUTPUT_DIR) / "benchmark.json") as file:
@@ -187,48 +184,23 @@ def _peak_memory(checkpoint: str) -> dict[int, float]:
     return found
 
 
-def quality_of(model: NanoDiT, device: torch.device) -> dict[str, dict[int, dict[str, float]]]:
-    """Fréchet distance in lens features over its floor: solver -> passes -> part -> ratio."""
-    test = NpyDataset(DATA_DIR, None, "test")
-    classifier = load_classifier(CLASSIFIER_PATH, device)
-    count = min(IMAGES_PER_CLASS, int(torch.bincount(test.labels, minlength=len(CLASSES)).min()) // 2)
-    index = first_of_each_class(test.labels, 2 * count)
-    real, labels = classify(classifier, test.read(index))[1], test.labels[index]
-    splits = [halves(labels, count, seed) for seed in range(_SPLITS)]
-
-    of_images = labels[splits[0][0]]  # the same in every half
-
-    def distances(others: list[Tensor]) -> dict[str, float]:
-        """Of the features of a set for each split, their mean over the splits."""
-        found = {}
-        for label, part in enumerate(PARTS, start=-1):
-            of_part = of_images >= 0 if part == "overall" else of_images == label
-            pairs = zip((real[a] for a, _ in splits), others, strict=True)
-            found[part] = float(np.mean([frechet_distance(a[of_part], b[of_part]) for a, b in pairs]))
-        return found
-
-    floor = distances([real[b] for _, b in splits])
-    found = {name: {} for name in flow.SOLVERS}
-    for name, of_solver in tqdm(found.items(), "quality", leave=False):
-        for steps in _STEPS:
-            sampler = replace(model.sampler, steps=steps, solver=name)
-            images = generate(model, of_images, sampler, 0, BATCH_SIZE)
-            features = classify(classifier, normalize(images), show_progress=False)[1]
-            passes = 2 * steps - 1 if name == "heun" else steps
-            value = distances([features] * _SPLITS)
-            of_solver[passes] = {part: value[part] / floor[part] for part in PARTS}
+def quality_of(model: NanoDiT, device: torch.device) -> dict[int, dict[str, float]]:
+    """Fréchet distance in lens features over its floor: passes -> part -> ratio."""
+    distance = LensDistance(DATA_DIR, load_classifier(CLASSIFIER_PATH, device), IMAGES_PER_CLASS)
+    found = {}
+    for passes in tqdm(_PASSES, "quality", leave=False):
+        images = generate(model, distance.labels, replace(model.sampler, steps=passes), 0)
+        found[passes] = distance.over_floor(images)
     return found
 
 
-def print_contenders(
-    found: dict[str, dict[str, float]], rate: float, quality: dict[str, Any], sampler: flow.Sampler
-) -> None:
+def print_contenders(found: dict[str, dict[str, float]], rate: float, quality: dict[int, dict[str, float]]) -> None:
     """Time of each contender, beside lenstronomy and beside the time that its operations alone take."""
     print(
         "\n| | ms an image | images/s | times lenstronomy | over the arithmetic floor | Fréchet distance over floor |"
     )
     print("|---|---|---|---|---|---|")
-    ratios = {_named(passes): ratio for passes, ratio in quality.get(sampler.solver, {}).items()}
+    ratios = {_named(passes): ratio for passes, ratio in quality.items()}
     for name, of_name in found.items():
         taken = of_name["seconds"]
         speed = found[_LENSTRONOMY]["seconds"] / taken
@@ -247,24 +219,17 @@ def print_growth(growth: dict[str, dict[int, float]], memory: dict[int, float]) 
             print(f"| memory in MB | {' | '.join(f'{value / 1e6:.0f}' for value in memory.values())} |")
 
 
-def picture(found: dict[str, dict[str, float]], quality: dict[str, Any]) -> Figure:
-    """Speeds, and quality against passes where it was measured."""
-    figure = Figure(figsize=(5.5 * (1 + bool(quality)), 3.6), layout="constrained")
-    axes = figure.subplots(1, 1 + bool(quality), squeeze=False)[0]
+def picture(found: dict[str, dict[str, float]], quality: dict[int, dict[str, float]]) -> Figure:
+    """Speeds, with the distance beside those whose quality was measured."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
     speeds = [1 / of_name["seconds"] for of_name in found.values()]
-    bars = axes[0].barh(list(found), speeds, color=["C1" if "NanoDiT" in name else "C0" for name in found])
-    axes[0].bar_label(bars, [f" {_count(speed)}" for speed in speeds])
-    axes[0].set(xscale="log", xlabel="images/s", xlim=(min(speeds) / 2, 8 * max(speeds)))
-    axes[0].invert_yaxis()
-    for solver, of_solver in quality.items():
-        axes[1].plot(list(of_solver), [ratio["overall"] for ratio in of_solver.values()], ".-", label=solver)
-    if quality:
-        axes[1].axhline(1, color="black", linewidth=0.8, linestyle="--", label="real against real")
-        axes[1].set(xscale="log", yscale="log", xlabel="passes an image", ylabel="Fréchet distance over its floor")
-        axes[1].set_xticks(_STEPS, map(str, _STEPS))
-        axes[1].minorticks_off()
-        axes[1].grid(alpha=0.3)
-        axes[1].legend()
+    distances = {_named(passes): f", Fréchet ratio {ratio['overall']:.1f}" for passes, ratio in quality.items()}
+    bars = axes.barh(list(found), speeds, color=["C1" if "NanoDiT" in name else "C0" for name in found])
+    labels = [f" {_count(speed)}{distances.get(name, '')}" for name, speed in zip(found, speeds, strict=True)]
+    axes.bar_label(bars, labels)
+    axes.set(xscale="log", xlabel="images/s", xlim=(min(speeds) / 2, 300 * max(speeds)))
+    axes.invert_yaxis()
     return figure
 
 

@@ -8,7 +8,7 @@ Nothing here knows a network: ``velocity`` is any function of z (n, 1, h, w), t 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,18 +35,17 @@ def velocity_from_image(image: Tensor, z: Tensor, t: Tensor) -> Tensor:
 
 def velocity_loss(
     velocity: Tensor,
-    x: Tensor,
-    noise: Tensor,
+    target: Tensor,
     t: Tensor,
     t_floor: float = 0.0,
     weigh: Callable[[Tensor], Tensor] = lambda error: error,
 ) -> Tensor:
-    """Mean squared error of a velocity against noise - x (arXiv:2210.02747, Eq. 23).
+    """Mean squared error of a velocity against its target, noise - x in training (arXiv:2210.02747, Eq. 23).
 
     ``t_floor=T_FLOOR`` keeps the weight of a clean-image prediction finite as t goes to 0 (arXiv:2511.13720), and
     ``weigh`` is a linear map of errors (n, ...) that says which of them count.
     """
-    error = weigh(velocity - (noise - x)).square().flatten(1).mean(1)
+    error = weigh(velocity - target).square().flatten(1).mean(1)
     if t_floor:
         error = error * (t / t_floor).clamp_max(1).square()
     return error.mean()
@@ -79,15 +78,17 @@ def drop_labels(labels: Tensor, null_label: int, probability: float, random: tor
     return torch.where(dropped, null_label, labels)
 
 
-def guided(velocity: Velocity, null_label: int, scale: float) -> Velocity:
+def guided(velocity: Velocity, null_label: int, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
     """Classifier-free guidance: uncond + scale * (cond - uncond), both passes in one batch (arXiv:2207.12598, Eq. 6).
 
-    A scale of 1 needs, and makes, no unconditional pass.
+    A scale of 1 needs, and makes, no unconditional pass, nor do times outside ``interval`` (arXiv:2404.07724).
     """
     if scale == 1:
         return velocity
 
     def velocity_with_guidance(z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        if not interval[0] <= t[0] <= interval[1]:  # a solver is at one time for all images
+            return velocity(z, t, labels)
         both = torch.cat([labels, torch.full_like(labels, null_label)])
         cond, uncond = velocity(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
         return uncond + scale * (cond - uncond)
@@ -98,10 +99,10 @@ def guided(velocity: Velocity, null_label: int, scale: float) -> Velocity:
 def time_grid(steps: int, name: str = "uniform") -> list[float]:
     """Times from 1 to 0.
 
-    "uniform"; "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends; or "jump", where the first step
-    goes to 0.8 and the others follow a square, for a network whose first pass has learned to end in an image.
+    "uniform"; "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends; or "square", for a few steps:
+    the first goes to 0.8, as far as noise alone tells the way, and the others follow a square.
     """
-    if name == "jump":
+    if name == "square":
         return [1.0, *(0.8 * (i / (steps - 1)) ** 2 for i in range(steps - 1, 0, -1)), 0.0]
     if name == "cosine":
         return [math.sin(math.pi / 2 * i / steps) ** 2 for i in range(steps, -1, -1)]
@@ -135,6 +136,13 @@ def multistep(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float])
 
     One pass a step, and the error falls as 1 / steps^2. The last step is Euler's: it ends in the predicted clean image.
     """
+    for end in multistep_path(velocity, z, labels, times):
+        z = end
+    return z
+
+
+def multistep_path(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Iterator[Tensor]:
+    """The points at which ``multistep`` arrives, one for each of ``times`` after the first."""
     before = before_t = None
     for t, after in pairwise(times):
         slope = velocity(z, _times(t, z), labels)
@@ -142,12 +150,12 @@ def multistep(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float])
         if before is not None and after > 0:
             middle = slope + (after - t) / (2 * (t - before_t)) * (slope - before)
         z = z + (after - t) * middle
+        yield z
         before, before_t = slope, t
-    return z
 
 
 SOLVERS = {"euler": euler, "heun": heun, "multistep": multistep}
-TIME_GRIDS = ("uniform", "cosine", "jump")
+TIME_GRIDS = ("uniform", "cosine", "square")
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,7 @@ import numpy as np
 import torch
 from conftest import run_script
 
-from dataset import NpyDataset, normalize
 from evaluate import benchmark
-from models import flow
-from models.model import NanoDiT
 
 
 def test_operations_are_those_of_the_products():
@@ -17,29 +14,6 @@ def test_operations_are_those_of_the_products():
     assert benchmark.operations(lambda: (a @ b).relu()) == 2 * 3 * 5 * 7
     network = torch.nn.Linear(10, 20)
     assert benchmark.operations(lambda: network(torch.randn(4, 10))) == 2 * 4 * 10 * 20
-
-
-def test_real_images_are_at_the_floor_and_noise_is_far_from_it(lens_data, classifier, monkeypatch):
-    val = NpyDataset(lens_data, None, "val")
-    model = NanoDiT(patch_size=16, hidden_size=32, depth=1, num_heads=2, prediction="image").eval()
-    monkeypatch.setattr(benchmark, "DATA_DIR", lens_data)
-    monkeypatch.setattr(benchmark, "CLASSIFIER_PATH", classifier)
-    monkeypatch.setattr(benchmark, "_STEPS", (2,))
-    monkeypatch.setattr(flow, "SOLVERS", {"heun": flow.heun})
-
-    def ratio_of(share_of_noise: float) -> dict[str, float]:
-        def generate(model, labels, sampler, seed, batch_size):
-            images = torch.stack([val.images[val.labels == label][i % 5] for i, label in enumerate(labels)])
-            return (1 - share_of_noise) * normalize(images) + share_of_noise * torch.rand(len(labels), 1, 64, 64)
-
-        monkeypatch.setattr(benchmark, "generate", generate)
-        return benchmark.quality_of(model, torch.device("cpu"))["heun"][3]  # two steps are three passes
-
-    real, noise = ratio_of(0), ratio_of(1)
-    assert set(real) == {"overall", "axion", "cdm", "no_sub"}
-    for part, ratio in real.items():
-        assert 0.2 < ratio < 5
-        assert noise[part] > 20 * ratio
 
 
 def test_the_benchmark_writes_its_tables(lens_data, checkpoint, classifier, tmp_path, monkeypatch, capsys):
@@ -60,6 +34,6 @@ def test_the_benchmark_writes_its_tables(lens_data, checkpoint, classifier, tmp_
     one_pass = contenders["NanoDiT, 1 pass"]["operations"]
     assert one_pass > 2 * 66_016  # as many multiplications and additions as weights, for each of the tokens
     assert contenders["NanoDiT, 8 passes"]["operations"] == 8 * one_pass
-    assert found["quality"]["euler"]["8"]["overall"] > 0
+    assert found["quality"]["8"]["overall"] > 0
     assert np.isfinite(found["matmul_rate"])
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000

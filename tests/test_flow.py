@@ -26,7 +26,7 @@ def test_velocity_of_the_true_image_is_noise_minus_image():
 def test_loss_is_the_mean_squared_error_of_the_velocity():
     x, noise = torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
     velocity = torch.stack([torch.full((1, 2, 2), 1.0), torch.full((1, 2, 2), 4.0)])
-    assert flow.velocity_loss(velocity, x, noise, torch.tensor([0.5, 0.5])) == pytest.approx((0 + 9) / 2)
+    assert flow.velocity_loss(velocity, noise - x, torch.tensor([0.5, 0.5])) == pytest.approx((0 + 9) / 2)
 
 
 def test_loss_of_an_image_prediction_is_its_error_over_t_but_no_more_than_20_times():
@@ -34,7 +34,7 @@ def test_loss_of_an_image_prediction_is_its_error_over_t_but_no_more_than_20_tim
     for t, weight in [(1.0, 1), (0.5, 4), (0.05, 400), (0.01, 400), (0.002, 400)]:
         times = torch.tensor([t])
         velocity = flow.velocity_from_image(x + 0.1, flow.interpolate(x, noise, times), times)
-        loss = flow.velocity_loss(velocity, x, noise, times, flow.T_FLOOR)
+        loss = flow.velocity_loss(velocity, noise - x, times, flow.T_FLOOR)
         assert loss.item() == pytest.approx(0.01 * weight, rel=1e-2)
 
 
@@ -42,7 +42,7 @@ def test_a_loss_can_weigh_errors():
     """One that sees the mean of an image alone takes no notice of the rest."""
     x, noise, t = torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.tensor([0.5, 0.5])
     velocity = torch.tensor([[1.0, -1, 1, -1], [2, 2, 2, 2]]).view(2, 1, 2, 2)
-    loss = flow.velocity_loss(velocity, x, noise, t, weigh=lambda error: error.flatten(1).mean(1, keepdim=True))
+    loss = flow.velocity_loss(velocity, noise - x, t, weigh=lambda error: error.flatten(1).mean(1, keepdim=True))
     assert loss.item() == (0 + 4) / 2
 
 
@@ -91,7 +91,7 @@ def gaussian_velocity(mean: float, std: float):
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("multistep", 2)])
-@pytest.mark.parametrize("grid", ["uniform", "cosine"])  # the first step of "jump" stays as it is
+@pytest.mark.parametrize("grid", ["uniform", "cosine"])  # the first step of "square" stays as it is
 def test_a_solver_follows_the_exact_solution_with_the_error_of_its_order(solver, order, grid):
     velocity = gaussian_velocity(mean=0.7, std=0.3)
     noise = torch.randn(200, 1, 2, 2, dtype=torch.float64)
@@ -136,8 +136,8 @@ def test_grids_run_from_1_to_0():
     assert flow.time_grid(4) == [1, 0.75, 0.5, 0.25, 0]
     half = math.sqrt(0.5) / 2
     assert flow.time_grid(4, "cosine") == pytest.approx([1, 0.5 + half, 0.5, 0.5 - half, 0])
-    assert flow.time_grid(4, "jump") == pytest.approx([1, 0.8, 0.8 * 4 / 9, 0.8 / 9, 0])
-    assert flow.time_grid(2, "jump") == [1, 0.8, 0]
+    assert flow.time_grid(4, "square") == pytest.approx([1, 0.8, 0.8 * 4 / 9, 0.8 / 9, 0])
+    assert flow.time_grid(2, "square") == [1, 0.8, 0]
     for name in flow.TIME_GRIDS:
         assert flow.time_grid(1, name) == [1, 0]
 
@@ -165,6 +165,29 @@ def test_guidance_is_uncond_plus_scale_times_the_difference_in_one_batch():
     out = flow.guided(velocity, null_label=3, scale=5.0)(z, t, labels)
     assert out[:, 0, 0, 0].tolist() == [3 + 5 * (0 - 3), 3 + 5 * (1 - 3)]
     assert sizes == [4]
+
+
+def test_guidance_on_an_interval_makes_no_second_pass_outside_it():
+    sizes = []
+
+    def velocity(z, t, labels):
+        sizes.append(len(z))
+        return by_label(z, t, labels)
+
+    inside = flow.guided(velocity, 3, 5.0, interval=(0.25, 0.5))
+    z, labels = torch.zeros(1, 1, 2, 2), torch.tensor([1])
+    out = [inside(z, torch.tensor([t]), labels)[0, 0, 0, 0].item() for t in (0.75, 0.5, 0.25, 0.2)]
+    assert out == [1, 3 + 5 * (1 - 3), 3 + 5 * (1 - 3), 1]
+    assert sizes == [1, 2, 2, 1]
+
+
+def test_the_path_of_the_multistep_solver_ends_where_the_solver_does():
+    velocity, times = gaussian_velocity(0.7, 0.3), flow.time_grid(6)
+    z, labels = torch.randn(3, 1, 2, 2), torch.zeros(3)
+    path = list(flow.multistep_path(velocity, z, labels, times))
+    assert len(path) == 6
+    assert torch.equal(path[-1], flow.multistep(velocity, z, labels, times))
+    torch.testing.assert_close(path[0], z - velocity(z, torch.ones(3), labels) / 6)
 
 
 @pytest.mark.parametrize("scale", [1, 1.0])

@@ -8,7 +8,7 @@ import torch
 
 from dataset import diffusion_transforms
 from models import flow
-from models.model import SIZES, NanoDiT, equal_light
+from models.model import SIZES, NanoDiT, equal_light, waves
 
 SMALL = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 4, "num_classes": 3}
 
@@ -131,9 +131,9 @@ def test_the_published_constants_are_the_reference_size():
 
 
 def test_small_sizes_are_under_5_million_parameters_and_predict_the_clean_image():
-    for name in ("NanoDiT-S/8", "NanoDiT-S/16"):
+    for name in ("NanoDiT-S/8", "NanoDiT-S/16", "NanoDiT-S/64"):
         model = NanoDiT(**SIZES[name])
-        assert sum(p.numel() for p in model.parameters()) <= 5_000_000
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) <= 5_000_000
         assert model.prediction == "image"
 
 
@@ -195,6 +195,17 @@ def test_noisy_coefficients_come_to_the_network_with_unit_variance_at_every_time
         t = torch.full((200,), time)
         z = flow.interpolate(x, torch.randn(x.shape), t)
         torch.testing.assert_close(model.patch_basis.standardize(z, t).std((0, 1)), torch.ones(5), atol=0.12, rtol=0)
+
+
+def test_the_first_coefficients_come_with_sines_and_cosines_of_four_octaves():
+    coefficients = torch.randn(2, 3, 7)
+    seen = waves(coefficients)
+    assert seen.shape == (2, 3, 7 + 2 * 5 * 4)
+    assert torch.equal(seen[..., :7], coefficients)
+    angles = [c * 2**octave for c in coefficients[1, 2, :5].tolist() for octave in range(4)]
+    np.testing.assert_allclose(seen[1, 2, 7:27], np.sin(angles), atol=1e-5)
+    np.testing.assert_allclose(seen[1, 2, 27:], np.cos(angles), atol=1e-5)
+    assert waves(torch.randn(2, 3, 2)).shape == (2, 3, 2 + 2 * 2 * 4)
 
 
 def test_the_loss_counts_errors_in_units_of_their_spread_but_for_the_faintest():

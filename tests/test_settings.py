@@ -163,12 +163,13 @@ def test_the_scripts_are_those_that_the_readme_names():
     assert SCRIPTS == [
         "evaluate/benchmark.py",
         "evaluate/check_metrics.py",
+        "evaluate/compare_samplers.py",
         "evaluate/estimate_cost.py",
         "evaluate/evaluate_classify.py",
         "evaluate/evaluate_fld.py",
         "simulate/simulate_lenses.py",
+        "train/distill.py",
         "train/export_weights.py",
-        "train/make_pairs.py",
         "train/train_classifier.py",
         "train/train_diffusion.py",
     ]

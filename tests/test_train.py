@@ -5,14 +5,14 @@ import functools
 import numpy as np
 import pytest
 import torch
-from conftest import history_of, run_script
+from conftest import TINY_TRAINING, history_of, run_script
 from ema_pytorch import EMA
 
 import settings
 from dataset import NpyDataset, diffusion_transforms
 from evaluate.evaluate_fld import generate_image, load_model
 from models import flow
-from models.checkpoint import load_checkpoint
+from models.checkpoint import build_generator, load_checkpoint
 from models.model import SIZES, NanoDiT
 from train import train_diffusion
 
@@ -179,3 +179,16 @@ def test_a_file_that_is_no_resnet18_is_one_line(lens_data, tmp_path, capsys):
         with pytest.raises(SystemExit):
             run_script("train/train_classifier.py", *flags, "--weights_path", tmp_path / name)
         assert "no file with weights of a ResNet18" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_training_starts_from_the_weights_of_a_checkpoint(checkpoint, lens_data, tmp_path, capsys):
+    flags = [*TINY_TRAINING, "--data_dir", lens_data, "--output_dir", tmp_path, "--start_path", checkpoint]
+    flags += ["--learning_rate", 1e-30, "--min_learning_rate", 1e-30]
+    run_script("train/train_diffusion.py", *flags)
+    started = load_checkpoint(tmp_path / "dit_conditional_ckpts" / "dit_conditional_final.pt")
+    model = build_generator(load_checkpoint(checkpoint), checkpoint)
+    for name, value in model.state_dict().items():
+        assert torch.equal(started["model_state_dict"][name], value), name
+    with pytest.raises(SystemExit):
+        run_script("train/train_diffusion.py", *flags, "--latent_dim", 64)
+    assert f"{checkpoint} is of another network" in capsys.readouterr().err

@@ -1,13 +1,15 @@
-"""What both trainings need to come back after a kill, and to stop before harm is done."""
+"""What trainings need to come back after a kill, and to stop before harm is done."""
 
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from ema_pytorch import EMA
 
 import distributed
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, load_weights
+from models.model import NanoDiT
 from settings import InputError
 
 # Settings that may differ between two runs of one training without anything to be said
@@ -39,6 +41,23 @@ def newest_checkpoint(folder: Path, pattern: str, device: torch.device) -> tuple
     if problems:
         raise InputError("\n".join(problems) + "\nno whole checkpoint: remove them, or --resume never starts anew")
     return None
+
+
+def resume(
+    folder: Path, model: NanoDiT, ema: EMA, optimizer: torch.optim.Optimizer, epochs: int, now: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Loads the newest whole checkpoint of a folder, if there is one, into all that is given; returns its content."""
+    found = newest_checkpoint(folder, "*.pt", model.pos_embed.device)
+    if found is None:
+        return None
+    path, content = found
+    if content.get("model_config") != model.config:
+        raise InputError(f"{path} is of another network: choose another --output_dir for this one")
+    load_weights(model, content["model_state_dict"], path)
+    ema.load_state_dict(content["ema_state_dict"])
+    load_optimizer_state(optimizer, content["optimizer_state_dict"])
+    announce(path, content, epochs, now)
+    return content
 
 
 def announce(path: Path, content: dict[str, Any], epochs: int, now: dict[str, Any]) -> None:

@@ -14,9 +14,8 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from ema_pytorch import EMA
 from tqdm import tqdm
@@ -30,8 +29,8 @@ from models import flow
 from models.checkpoint import generator_weights, load_checkpoint, load_weights, save_checkpoint
 from models.model import SIZES, NanoDiT
 from settings import InputError
-from train.make_pairs import read_pairs
-from train.safety import advance, announce, check_finite, keep_newest, load_optimizer_state, newest_checkpoint
+from train.previews import write_samples
+from train.safety import advance, check_finite, keep_newest, resume
 
 DATA_DIR = "data"  # Folder with axion/, cdm/ and no_sub/; yours, or made by simulate/simulate_lenses.py
 OUTPUT_DIR = "diffusion_training"  # Change it to start another run beside this one
@@ -60,8 +59,6 @@ TIME_SAMPLING: Literal["uniform", "logit_normal"] = "uniform"  # "logit_normal" 
 TIME_MEDIAN = 0.69  # Of "logit_normal"; 0.3 for a patch basis, whose images are made by the last steps
 TIME_WIDTH = 0.8  # Likewise; 2 for a patch basis
 START_PATH = None  # A checkpoint whose weights to start from, of the same network
-PAIRS_DIR = None  # Pairs of train/make_pairs.py: a pass at t = 1 learns to jump to the image, so that few steps do
-PAIRS_SHARE = 0.5  # Of each batch
 EMA_BETA = 0.9999  # 0.999 for runs of under 50000 steps
 EMA_UPDATE_EVERY = 10  # Steps between updates of the EMA; 1 for short runs
 SEED = 42  # Of weights, order of data, times and noise
@@ -69,7 +66,7 @@ SEED = 42  # Of weights, order of data, times and noise
 CFG_SCALE = 5.0  # Guidance scale of the samples, here and wherever the checkpoint is used; 1 is no guidance
 NUM_ODE_STEPS = 50  # From noise to image, likewise
 SOLVER: Literal[(*flow.SOLVERS,)] = "euler"  # Likewise; "multistep" needs fewer steps, and "heun", of two passes each
-TIME_GRID: Literal[flow.TIME_GRIDS] = "uniform"  # Of the steps; "cosine" for a patch basis, "jump" with PAIRS_DIR
+TIME_GRID: Literal[flow.TIME_GRIDS] = "uniform"  # Of the steps; "cosine" for a patch basis
 NUM_SAMPLES_PER_CLASS = 4  # Samples of each class in a grid
 SAMPLE_INTERVAL = 10  # Epochs between sample grids
 CHECKPOINT_SAVE_INTERVAL = 10  # Epochs between checkpoints
@@ -116,6 +113,7 @@ def main() -> None:
         if content.get("model_config") != model.config:
             raise InputError(f"{START_PATH} is of another network")
         load_weights(model, generator_weights(content), START_PATH)
+    model.sampler = flow.Sampler(NUM_ODE_STEPS, CFG_SCALE, SOLVER, TIME_GRID)
     model.to(device)
     print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters")
     if distributed.is_main():
@@ -128,7 +126,16 @@ def main() -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=AMP_DTYPE == "float16")
     amp = torch.autocast(device.type, getattr(torch, AMP_DTYPE)) if AMP_DTYPE else nullcontext()
     t_floor = flow.T_FLOOR if model.prediction == "image" else 0.0
-    state = resume(output, model, ema, optimizer, scaler, device)
+    folder = output / "dit_conditional_ckpts"
+    state = resume(folder, model, ema, optimizer, EPOCHS, settings.constants(globals())) if RESUME == "auto" else None
+    if state:
+        scaler.load_state_dict(state["scaler_state_dict"])
+        torch.set_rng_state(state["random_states"]["cpu"].cpu())
+        if device.type == "cuda" and len(state["random_states"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([state.cpu() for state in state["random_states"]["cuda"]])
+    else:
+        state = {"epoch": 0, "step_in_epoch": 0, "steps_per_epoch": 1, "loss_in_epoch": 0.0, "skipped_in_epoch": 0}
+        state["history"] = []
     history, total_loss, skipped = state["history"], state["loss_in_epoch"], state["skipped_in_epoch"]
     # After another batch size, the part of the epoch that is done stays done
     done = state["step_in_epoch"] * steps_per_epoch // state["steps_per_epoch"]
@@ -141,11 +148,6 @@ def main() -> None:
     trained = distributed.data_parallel(model)
     if model.patch_basis is not None:  # now that all processes have that of the first one
         dataset.images = torch.cat([model.encode(part.to(device)).cpu() for part in dataset.images.split(4096)])
-    num_images = len(dataset)
-    if PAIRS_DIR:  # their images come after those of the data
-        pair_noise, pair_images, pair_labels = read_pairs(PAIRS_DIR, model.sample_shape, len(CLASSES))
-        dataset.images = torch.cat([dataset.images, pair_images])
-        dataset.labels = torch.cat([dataset.labels, pair_labels])
     dataset.to(device)
     stop_asked = settings.stop_on_signal()
 
@@ -153,7 +155,7 @@ def main() -> None:
         """After a number of whole epochs and steps of the next one."""
         if not distributed.is_main():
             return
-        path = output / "dit_conditional_ckpts" / f"dit_conditional_{name}.pt"
+        path = folder / f"dit_conditional_{name}.pt"
         save_checkpoint(
             path,
             model_state_dict=model.state_dict(),
@@ -163,7 +165,7 @@ def main() -> None:
             scaler_state_dict=scaler.state_dict(),
             random_states={"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             model_config=model.config,
-            sampler=asdict(sampler()),
+            sampler=asdict(model.sampler),
             epoch=epoch,
             step_in_epoch=step,
             steps_per_epoch=steps_per_epoch,
@@ -179,7 +181,7 @@ def main() -> None:
     for epoch in range(len(history) + 1, EPOCHS + 1):
         model.train()
         started, first = time.monotonic(), done
-        batches = epoch_batches(num_images, BATCH_SIZE, SEED, epoch)[done:]
+        batches = epoch_batches(len(dataset), BATCH_SIZE, SEED, epoch)[done:]
         bar = tqdm(batches, f"epoch {epoch}/{EPOCHS}", steps_per_epoch, initial=done, unit="step", leave=False)
         for step, batch in enumerate(bar, done + 1):
             global_step = (epoch - 1) * steps_per_epoch + step
@@ -188,10 +190,6 @@ def main() -> None:
             noise = torch.randn(len(batch), *model.sample_shape, generator=random, device=device)
             t = flow.draw_times(len(batch), TIME_SAMPLING, random, TIME_MEDIAN, TIME_WIDTH)
             batch = batch.to(dataset.labels.device)
-            if PAIRS_DIR:
-                n = round(PAIRS_SHARE * len(batch))
-                pairs = torch.randint(len(pair_noise), (n,), generator=random, device=device).cpu()
-                batch[:n], noise[:n], t[:n] = num_images + pairs, pair_noise[pairs].to(device), 1
             labels = flow.drop_labels(dataset.labels[batch].to(device), len(CLASSES), LABEL_DROPOUT, random)
 
             optimizer.zero_grad()
@@ -203,7 +201,7 @@ def main() -> None:
                 trained.require_backward_grad_sync = part is parts[-1]  # processes exchange gradients once a step
                 with amp:
                     velocity = trained(z, t[part], labels[part])
-                loss_of_part = flow.velocity_loss(velocity.float(), x, noise[part], t[part], t_floor, model.weigh)
+                loss_of_part = flow.velocity_loss(velocity.float(), noise[part] - x, t[part], t_floor, model.weigh)
                 share = loss_of_part * len(x) / len(batch)
                 scaler.scale(share * distributed.size()).backward()  # gradients are averaged over processes
                 loss += share.detach()
@@ -249,7 +247,7 @@ def main() -> None:
         if distributed.is_main():
             report(output, history)
             if epoch % SAMPLE_INTERVAL == 0 or epoch == EPOCHS:
-                write_samples(output, epoch, ema.ema_model, device)
+                write_samples(output, epoch, ema.ema_model, NUM_SAMPLES_PER_CLASS)
         if epoch == EPOCHS:  # before the other one, so that no run that was killed here lacks it
             save("final", epoch, 0)
         if epoch % CHECKPOINT_SAVE_INTERVAL == 0:
@@ -263,33 +261,6 @@ def warmup_cosine(step: int, warmup: float, total: int) -> float:
     lowest = MIN_LEARNING_RATE / LEARNING_RATE
     progress = (step - warmup) / max(1, total - warmup)
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
-
-
-def resume(
-    output: Path,
-    model: NanoDiT,
-    ema: EMA,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Loads the newest whole checkpoint of the run, if there is one, into everything given; returns where it is."""
-    found = newest_checkpoint(output / "dit_conditional_ckpts", "*.pt", device) if RESUME == "auto" else None
-    if found is None:
-        position = {"epoch": 0, "step_in_epoch": 0, "steps_per_epoch": 1}
-        return position | {"history": [], "loss_in_epoch": 0.0, "skipped_in_epoch": 0}
-    path, content = found
-    if content.get("model_config") != model.config:
-        raise InputError(f"{path} is of another network: choose another --output_dir for this one")
-    load_weights(model, content["model_state_dict"], path)
-    ema.load_state_dict(content["ema_state_dict"])
-    load_optimizer_state(optimizer, content["optimizer_state_dict"])
-    scaler.load_state_dict(content["scaler_state_dict"])
-    torch.set_rng_state(content["random_states"]["cpu"].cpu())
-    if device.type == "cuda" and len(content["random_states"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state.cpu() for state in content["random_states"]["cuda"]])
-    announce(path, content, EPOCHS, settings.constants(globals()))
-    return content
 
 
 def remove_others(newest: Path, history: list[dict[str, float]]) -> None:
@@ -313,7 +284,7 @@ def validation_loss(model: NanoDiT, dataset: NpyDataset, t_floor: float) -> floa
         noise = torch.randn(x.shape, generator=random, device=device)
         t = flow.draw_times(len(x), TIME_SAMPLING, random, TIME_MEDIAN, TIME_WIDTH)
         velocity = model.eval()(flow.interpolate(x, noise, t), t, dataset.labels[some].to(device))
-        total += flow.velocity_loss(velocity, x, noise, t, t_floor, model.weigh).item() * len(x)
+        total += flow.velocity_loss(velocity, noise - x, t, t_floor, model.weigh).item() * len(x)
     return total / len(index)
 
 
@@ -327,21 +298,6 @@ def report(output: Path, history: list[dict[str, float]]) -> None:
         f"epoch {row['epoch']}: loss {row['loss']:.5f}, validation {row['val_loss']:.5f}{' (best)' if best else ''}, "
         f"{row['images_per_second']:.0f} images/s{skipped}"
     )
-
-
-def write_samples(output: Path, epoch: int, model: NanoDiT, device: torch.device) -> None:
-    """A grid of samples, a row a class, and their arrays. The noise is the same every time, to show progress."""
-    labels = torch.arange(len(CLASSES), device=device).repeat_interleave(NUM_SAMPLES_PER_CLASS)
-    samples = flow.sample(model.eval(), labels, model.sample_shape, len(CLASSES), sampler())
-    images = flow.to_unit_range(model.decode(samples)).cpu().numpy()
-    by_class = dict(zip(CLASSES, images.reshape(len(CLASSES), -1, IMG_SIZE, IMG_SIZE), strict=True))
-    grid = plots.image_grid(by_class, f"epoch {epoch}")
-    plots.save(grid, output / "dit_conditional_images" / f"sample_epoch_{epoch}.png")
-    folder = output / "dit_conditional_npy" / f"sample_epoch_{epoch}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for label, name in enumerate(CLASSES):
-        for i, image in enumerate(by_class[name]):
-            np.save(folder / f"class_{label}_sample_{i}.npy", image)
 
 
 def warn_if_endless(network: dict, num_images: int, device: torch.device) -> None:
@@ -374,11 +330,6 @@ def seconds_an_image(network: dict, device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
     return (time.monotonic() - started) / n
-
-
-def sampler() -> flow.Sampler:
-    """What the constants say."""
-    return flow.Sampler(NUM_ODE_STEPS, CFG_SCALE, SOLVER, TIME_GRID)
 
 
 def _size_of_constants() -> dict:

@@ -1,0 +1,50 @@
+"""Fréchet distance of generated images to the test images of a folder over its floor, for many sets of images."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dataset import CLASSES, NpyDataset, normalize
+from evaluate.figures import PARTS, first_of_each_class, halves
+from evaluate.metrics import frechet_distance
+from models.classifier import classify
+
+
+class LensDistance:
+    """Distances in the features of a lens classifier, as evaluate_fld.py computes them.
+
+    Args:
+        data_dir: folder of real images, of which the test part counts.
+        classifier: gives the features.
+        images_per_class: in a distance; as many as half of the test images of a class if these are fewer.
+        splits: random halves of the test images.
+
+    Attributes:
+        labels: of the images that ``over_floor`` takes, class by class, (n,).
+    """
+
+    def __init__(self, data_dir: str, classifier: nn.Module, images_per_class: int, splits: int = 4):
+        test = NpyDataset(data_dir, None, "test")
+        count = min(images_per_class, int(torch.bincount(test.labels, minlength=len(CLASSES)).min()) // 2)
+        index = first_of_each_class(test.labels, 2 * count)
+        features, labels = classify(classifier, test.read(index))[1], test.labels[index]
+        pairs = [halves(labels, count, seed) for seed in range(splits)]
+        self.labels = labels[pairs[0][0]]  # the same in every half
+        self.classifier = classifier
+        self.real = [features[a] for a, _ in pairs]
+        self.floor = self._distances([features[b] for _, b in pairs])
+
+    def over_floor(self, images: Tensor) -> dict[str, float]:
+        """Of images (n, 1, 64, 64) of ``labels``: "overall" and each class."""
+        features = classify(self.classifier, normalize(images), show_progress=False)[1]
+        found = self._distances([features] * len(self.real))
+        return {part: found[part] / self.floor[part] for part in PARTS}
+
+    def _distances(self, others: list[Tensor]) -> dict[str, float]:
+        """Mean over the splits of the distances to the features of ``others``, one set for each split."""
+        found = {}
+        for label, part in enumerate(PARTS, start=-1):
+            here = self.labels >= 0 if part == "overall" else self.labels == label
+            pairs = zip(self.real, others, strict=True)
+            found[part] = float(np.mean([frechet_distance(a[here], b[here]) for a, b in pairs]))
+        return found

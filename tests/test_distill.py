@@ -1,0 +1,144 @@
+"""The student learns, at its own times, the average velocity of its teacher's path; it stops and goes on exactly."""
+
+import os
+import signal
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import history_of, run_script
+
+import settings
+from models import flow
+from models.checkpoint import build_generator, load_checkpoint
+from train import distill
+
+FLAGS = ["--num_ode_steps", 2, "--teacher_steps", 6, "--noises_per_epoch", 64, "--batch_size", 32, "--epochs", 3]
+FLAGS += ["--ema_beta", 0.9, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def student(checkpoint, tmp_path_factory):
+    """OUTPUT_DIR of a short distillation."""
+    folder = tmp_path_factory.mktemp("distill")
+    run_script("train/distill.py", "--checkpoint_path", checkpoint, "--output_dir", folder, *FLAGS)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, checkpoint, tmp_path):
+    """Runs main() of distill in this process and returns its OUTPUT_DIR."""
+
+    def start(**constants):
+        script = vars(distill).copy()
+        settings.from_flags(script, list(map(str, ["--checkpoint_path", checkpoint, *FLAGS])))
+        for name, value in ({k: v for k, v in script.items() if k.isupper()} | constants).items():
+            monkeypatch.setattr(distill, name, value)
+        monkeypatch.setattr(distill, "OUTPUT_DIR", str(tmp_path / "run"))
+        distill.main()
+        return tmp_path / "run"
+
+    return start
+
+
+def final(folder):
+    return load_checkpoint(folder / "dit_conditional_ckpts" / "dit_conditional_final.pt")
+
+
+@pytest.mark.parametrize(("passes", "steps"), [(1, 8), (2, 6), (4, 24), (8, 16)])
+def test_the_teacher_passes_every_time_of_the_student(passes, steps):
+    grid = flow.time_grid(passes, "square")
+    times, stops = distill.teacher_times(grid, steps)
+    assert len(times) == steps + 1
+    assert [times[stop] for stop in stops] == pytest.approx(grid)
+    assert all(before > after for before, after in pairwise(times))
+    assert times[-2] == pytest.approx(min(1 / 64, grid[-2] / 2))
+    roots = torch.tensor(times[: stops[1]], dtype=torch.double).sqrt()  # the square of equal distances
+    assert roots.diff().tolist() == pytest.approx([roots.diff()[0].item()] * (len(roots) - 1))
+
+
+def test_teacher_steps_that_do_not_fit_are_refused():
+    with pytest.raises(settings.InputError, match="twice"):
+        distill.teacher_times(flow.time_grid(4, "square"), 10)
+    with pytest.raises(settings.InputError, match="twice"):
+        distill.teacher_times(flow.time_grid(4, "square"), 4)
+
+
+def test_long_steps_have_the_average_velocity_of_the_exact_path():
+    """Images N(0.7, 0.3^2): a path goes from noise e to 0.7 + 0.3 e, and is at (1 - t) 0.7 + s(t) e on the way."""
+
+    class Exact(torch.nn.Module):
+        pos_embed, num_classes, sample_shape = torch.zeros(1), 3, (1, 2, 2)
+
+        def forward(self, z, t, labels):
+            t = t.view(-1, 1, 1, 1)
+            a, b = (1 - t) * 0.3, t
+            return b / (a**2 + b**2) * (z - (1 - t) * 0.7) - (0.7 + 0.3 * a / (a**2 + b**2) * (z - (1 - t) * 0.7))
+
+    times, stops = distill.teacher_times(flow.time_grid(2, "square"), 200)
+    start, average, t, labels = distill.long_steps(Exact(), times, stops, 300, 1)
+    noise, middle = start.split(300)
+    assert t.tolist() == pytest.approx([1.0] * 300 + [0.8] * 300)
+    assert torch.bincount(labels).min() > 140
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
+    reached = 0.2 * 0.7 + (0.2**2 * 0.3**2 + 0.8**2) ** 0.5 * noise
+    torch.testing.assert_close(middle, reached, atol=2e-3, rtol=0)
+    torch.testing.assert_close(noise - 0.2 * average[:300], middle)
+    torch.testing.assert_close(middle - 0.8 * average[300:], 0.7 + 0.3 * noise, atol=5e-3, rtol=0)
+
+
+def test_noise_is_new_in_every_epoch_and_the_same_in_every_run(checkpoint):
+    teacher = build_generator(load_checkpoint(checkpoint), checkpoint)
+    times, stops = distill.teacher_times(flow.time_grid(2, "square"), 4)
+    first, again, other = (distill.long_steps(teacher, times, stops, 8, epoch) for epoch in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0][:8], other[0][:8])
+
+
+def test_the_student_comes_closer_to_its_teacher(student, checkpoint):
+    rows = history_of(student)
+    teacher = build_generator(load_checkpoint(checkpoint), checkpoint)
+    times, stops = distill.teacher_times(flow.time_grid(2, "square"), 6)
+    untaught = distill.loss_of(teacher, distill.long_steps(teacher, times, stops, 512, 0), flow.T_FLOOR)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["val_loss"] < 0.9 * untaught
+    model = build_generator(final(student), "")
+    assert model.sampler == flow.Sampler(2, 1.0, "euler", "square")
+    assert torch.equal(model.pos_embed, teacher.pos_embed)
+    assert (student / "dit_conditional_images" / "sample_epoch_3.png").stat().st_size > 1000
+
+
+def test_a_distillation_that_was_stopped_ends_as_one_that_was_not(student, run, monkeypatch, capsys):
+    calls = []
+
+    def stops(*args, original=flow.velocity_loss):
+        calls.append(1)
+        if len(calls) == 30:  # in the second epoch
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flow, "velocity_loss", stops)
+        run()
+    assert "run the script again" in capsys.readouterr().out
+    folder = run()
+    assert "is at epoch 1, going on" in capsys.readouterr().out
+    mine, straight = final(folder)["ema_state_dict"], final(student)["ema_state_dict"]
+    assert all(torch.equal(mine[name], straight[name]) for name in straight)
+    run()
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_guidance_of_the_teacher_is_learned(checkpoint, monkeypatch):
+    teacher = build_generator(load_checkpoint(checkpoint), checkpoint)
+    times, stops = distill.teacher_times(flow.time_grid(2, "square"), 4)
+    plain = distill.long_steps(teacher, times, stops, 8, 1)
+    monkeypatch.setattr(distill, "CFG_SCALE", 3.0)
+    guided = distill.long_steps(teacher, times, stops, 8, 1)
+    assert torch.equal(plain[0][:8], guided[0][:8])
+    velocity = flow.guided(teacher, 3, 3.0)
+    expected = guided[0][:8]
+    for end in flow.multistep_path(velocity, expected, guided[3][:8], times[: stops[1] + 1]):
+        expected = end
+    torch.testing.assert_close(guided[0][8:16], expected)
+    assert not torch.allclose(plain[1], guided[1], atol=1e-3)

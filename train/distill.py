@@ -1,0 +1,200 @@
+"""Teaches a generator to take few steps: a student learns the long steps of the path that its teacher takes in many.
+
+    python train/distill.py --checkpoint_path C      # of train_diffusion.py, without guidance or with CFG_SCALE
+
+From noise, the teacher walks to an image in TEACHER_STEPS small steps, and passes the times at which the student has
+its NUM_ODE_STEPS. Between two of those the student learns the average velocity, so that one step of its own arrives
+where the teacher did: progressive distillation (Salimans & Ho 2022, arXiv:2202.00512) in one go, or the average
+velocity of MeanFlow (arXiv:2505.13447) at a few times. It needs no data but the noise it draws.
+
+Writes to OUTPUT_DIR checkpoints, samples and curves as train_diffusion.py does; the generator of the checkpoints takes
+NUM_ODE_STEPS passes and no guidance. A run that was stopped goes on from its newest checkpoint.
+"""
+
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+from ema_pytorch import EMA
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import plots
+import settings
+from dataset import epoch_batches
+from models import flow
+from models.checkpoint import build_generator, load_checkpoint, save_checkpoint
+from models.model import NanoDiT
+from train.previews import write_samples
+from train.safety import advance, check_finite, keep_newest, resume
+
+CHECKPOINT_PATH = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # The teacher
+OUTPUT_DIR = "distillation"  # Change it for another student
+
+NUM_ODE_STEPS = 4  # Passes the student takes for an image
+TEACHER_STEPS = 24  # Passes the teacher takes; more cost time and bring little
+CFG_SCALE = 1.0  # Guidance scale of the teacher; the student learns it and needs no guidance of its own
+
+NOISES_PER_EPOCH = 16384  # Paths of the teacher; every epoch has new ones
+BATCH_SIZE = 256  # Long steps in one step of the training
+LEARNING_RATE = 5e-4  # Half of what the teacher was trained with, or less
+EPOCHS = 10  # More are better
+MAX_GRAD_NORM = 1.0  # Gradients are clipped to this norm
+EMA_BETA = 0.999  # 0.99 for runs of a few hundred steps
+SEED = 42  # Of noise, labels and order
+
+NUM_SAMPLES_PER_CLASS = 4  # Samples of each class in a grid
+AMP_DTYPE: Literal[None, "bfloat16"] = None  # "bfloat16" for the student on a machine with bfloat16 products
+DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
+
+_GRID = "square"  # of the student's times
+_LAST_TIME = 1 / 64  # of the teacher: from where its clean image is the end of the path; from nearer it is worse
+_USES = 4  # of each path: a path costs as much as training on it several times
+_PART = 512  # paths at once
+_HELD_OUT = 1536  # paths whose loss is reported
+
+
+def main() -> None:
+    device, output = settings.pick_device(DEVICE), Path(OUTPUT_DIR)
+    folder = output / "dit_conditional_ckpts"
+    torch.manual_seed(SEED)
+    teacher, student = (build_generator(load_checkpoint(CHECKPOINT_PATH), CHECKPOINT_PATH).to(device) for _ in range(2))
+    student.requires_grad_().sampler = flow.Sampler(NUM_ODE_STEPS, 1.0, "euler", _GRID)
+    for fixed in (student.pos_embed, *(student.patch_basis.parameters() if student.patch_basis else ())):
+        fixed.requires_grad_(False)
+    times, stops = teacher_times(flow.time_grid(NUM_ODE_STEPS, _GRID), TEACHER_STEPS)
+    print(f"{TEACHER_STEPS} passes of {CHECKPOINT_PATH} become {NUM_ODE_STEPS}, on {device.type}")
+
+    ema = EMA(student, beta=EMA_BETA, update_every=1, update_after_step=0, include_online_model=False)
+    optimizer = torch.optim.AdamW(student.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0, fused=True)
+    state = resume(folder, student, ema, optimizer, EPOCHS, settings.constants(globals())) or {"history": []}
+    history = state["history"]
+    steps_per_epoch = _USES * math.ceil(NOISES_PER_EPOCH * NUM_ODE_STEPS / BATCH_SIZE)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1, step / (EPOCHS * steps_per_epoch))))
+    )
+    advance(scheduler, len(history) * steps_per_epoch)
+    amp = torch.autocast(device.type, torch.bfloat16) if AMP_DTYPE else nullcontext()
+    t_floor = flow.T_FLOOR if student.prediction == "image" else 0.0
+    stop_asked = settings.stop_on_signal()
+    held_out = long_steps(teacher, times, stops, _HELD_OUT, 0) if len(history) < EPOCHS else None
+
+    for epoch in range(len(history) + 1, EPOCHS + 1):
+        started, total = time.monotonic(), 0.0
+        start, target, t, labels = long_steps(teacher, times, stops, NOISES_PER_EPOCH, epoch)
+        student.train()
+        batches = [b for use in range(_USES) for b in epoch_batches(len(t), BATCH_SIZE, SEED, _USES * epoch + use)]
+        for step, batch in enumerate(tqdm(batches, f"epoch {epoch}/{EPOCHS}", unit="step", leave=False), 1):
+            optimizer.zero_grad()
+            with amp:
+                velocity = student(start[batch], t[batch], labels[batch])
+            loss = flow.velocity_loss(velocity.float(), target[batch], t[batch], t_floor, student.weigh)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), MAX_GRAD_NORM)
+            global_step = (epoch - 1) * steps_per_epoch + step
+            check_finite(global_step, scheduler.get_last_lr()[0], loss=loss.item(), gradient_norm=norm.item())
+            optimizer.step()
+            scheduler.step()
+            ema.update()
+            total += loss.item()
+            if stop_asked():
+                print("stopped; run the script again to go on from the last whole epoch")
+                return
+        history.append(
+            {
+                "epoch": epoch,
+                "step": epoch * steps_per_epoch,
+                "loss": total / steps_per_epoch,
+                "val_loss": loss_of(ema.ema_model, held_out, t_floor),
+                "learning_rate": scheduler.get_last_lr()[0],
+            }
+        )
+        plots.training_curves(output, history, [["loss", "val_loss"], ["learning_rate"]])
+        write_samples(output, epoch, ema.ema_model, NUM_SAMPLES_PER_CLASS)
+        path = folder / f"dit_conditional_{'final' if epoch == EPOCHS else f'epoch_{epoch}'}.pt"
+        save_checkpoint(
+            path,
+            model_state_dict=student.state_dict(),
+            ema_state_dict=ema.state_dict(),
+            optimizer_state_dict=optimizer.state_dict(),
+            model_config=student.config,
+            sampler=asdict(student.sampler),
+            epoch=epoch,
+            step_in_epoch=0,
+            history=history,
+            settings=settings.constants(globals()),
+        )
+        keep_newest(folder, "dit_conditional_epoch_*.pt", 1)
+        tqdm.write(
+            f"epoch {epoch}: loss {history[-1]['loss']:.5f}, on new paths {history[-1]['val_loss']:.5f}, "
+            f"{time.monotonic() - started:.0f} s, saved {path}"
+        )
+
+
+def teacher_times(grid: list[float], steps: int) -> tuple[list[float], list[int]]:
+    """The times of the teacher's path, and where in it those of the student are, ``grid``.
+
+    Equal numbers of steps between any two times of the student, as the square of equal distances; the last of all goes
+    from ``_LAST_TIME`` to 0 at once.
+    """
+    each, too_many = divmod(steps, len(grid) - 1)
+    if each < 2 or too_many:
+        raise settings.InputError(f"--teacher_steps {steps} must be twice --num_ode_steps, or three times, or ...")
+    times = [1.0]
+    for t, after in pairwise(grid):
+        parts = each if after else each - 1
+        first, last = math.sqrt(t), math.sqrt(after or min(_LAST_TIME, t / 2))
+        times += [(first + (last - first) * i / parts) ** 2 for i in range(1, parts + 1)] + [0.0] * (not after)
+    return times, list(range(0, steps + 1, each))
+
+
+@torch.no_grad()
+def long_steps(
+    teacher: NanoDiT, times: list[float], stops: list[int], count: int, epoch: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the student learns in an epoch, from new noise and labels.
+
+    Returns:
+        Where each long step starts (n, *sample_shape), its average velocity, its time (n,) and class (n,), with as many
+        long steps for each of ``count`` paths as the student has.
+    """
+    device = teacher.pos_embed.device
+    random = flow.generator_of(SEED, epoch, device)
+    velocity = flow.guided(teacher, teacher.num_classes, CFG_SCALE)
+    starts, targets, all_times, all_labels = [], [], [], []
+    bar = tqdm(total=count, desc="paths of the teacher", unit="path", leave=False)
+    for part in torch.arange(count).split(_PART):
+        labels = torch.randint(teacher.num_classes, (len(part),), generator=random, device=device)
+        z = torch.randn(len(part), *teacher.sample_shape, generator=random, device=device)
+        path = [z, *flow.multistep_path(velocity, z, labels, times)]
+        for first, last in pairwise(stops):
+            starts.append(path[first])
+            targets.append((path[first] - path[last]) / (times[first] - times[last]))
+            all_times.append(torch.full((len(part),), times[first], device=device))
+            all_labels.append(labels)
+        bar.update(len(part))
+    bar.close()
+    return torch.cat(starts), torch.cat(targets), torch.cat(all_times), torch.cat(all_labels)
+
+
+@torch.no_grad()
+def loss_of(student: NanoDiT, steps: tuple[Tensor, ...], t_floor: float) -> float:
+    """Of long steps, as the training counts it."""
+    parts = zip(*(of_steps.split(_PART) for of_steps in steps), strict=True)
+    student.eval()
+    total = sum(
+        len(t) * flow.velocity_loss(student(z, t, labels), target, t, t_floor, student.weigh).item()
+        for z, target, t, labels in parts
+    )
+    return total / len(steps[2])
+
+
+if __name__ == "__main__":
+    settings.run(main, globals())
