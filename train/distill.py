@@ -39,7 +39,7 @@ CHECKPOINT_PATH = "diffusion_training/dit_conditional_ckpts/dit_conditional_fina
 OUTPUT_DIR = "distillation"  # Change it for another student
 
 NUM_ODE_STEPS = 4  # Passes the student takes for an image
-TEACHER_STEPS = 24  # Passes the teacher takes; more cost time and bring little
+TEACHER_STEPS = 16  # Passes the teacher takes, a multiple of those of the student; more cost time and bring little
 CFG_SCALE = 1.0  # Guidance scale of the teacher; the student learns it and needs no guidance of its own
 
 NOISES_PER_EPOCH = 16384  # Paths of the teacher; every epoch has new ones
