@@ -73,7 +73,7 @@ def test_a_batch_larger_than_the_data_is_one_line(train):
 
 
 def test_a_patch_basis_is_fitted_trained_with_and_kept_in_the_checkpoint(train, lens_data):
-    run = train(EPOCHS=2, PATCH_SIZE=64, PATCH_BASIS=16)
+    run = train(EPOCHS=2, PATCH_SIZE=64, PATCH_BASIS=32)
     assert history_of(run)[1]["val_loss"] < history_of(run)[0]["val_loss"]
     model = load_model(run / "dit_conditional_ckpts" / "dit_conditional_final.pt", "cpu")
     images = diffusion_transforms(NpyDataset(lens_data, None, "train").images)
