@@ -38,7 +38,7 @@ IMAGES_PER_CLASS = 1000  # In a distance; as many as half of the test images of 
 SEED = 0  # Of the noise
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
-_STEPS = (2, 4, 8, 16, 32)
+_STEPS = (2, 4, 8, 12, 16, 24, 32)
 _GUIDANCE_STEPS = (8, 16)
 _GUIDANCE = ((1.5, (0.0, 1.0)), (1.5, (0.2, 0.8)), (3.0, (0.0, 1.0)), (3.0, (0.2, 0.8)))  # scale, interval of times
 
@@ -102,7 +102,7 @@ def print_table(found: _Found) -> None:
 def picture(found: _Found) -> Figure:
     """A panel for all images and one for each class."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    colors = dict(zip(flow.TIME_GRIDS, ("C0", "C1", "C2", "C4"), strict=True))
+    colors = dict(zip(flow.TIME_GRIDS, ("C0", "C1", "C2"), strict=True))
     lines = dict(zip(flow.SOLVERS, (":", "--", "-"), strict=True))
     for axes, part in zip(figure.subplots(2, 2, sharex=True).flat, ("overall", *CLASSES), strict=True):
         for name, of_name in found.items():

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-_LOGIT_ENDS = (0.95, 0.03)  # first and last time between 1 and 0 of the grid "logit"
 T_FLOOR = 0.05  # a clean-image prediction's velocity error is its image error over t: weigh that by no more than 1/0.05
 
 
@@ -58,21 +57,16 @@ def generator_of(seed: int, step: int, device: torch.device | str = "cpu") -> to
     return torch.Generator(device).manual_seed(int(state[0] >> 1))
 
 
-def draw_times(
-    n: int, distribution: str, random: torch.Generator, median: float, width: float, distinct: int = 0
-) -> Tensor:
+def draw_times(n: int, distribution: str, random: torch.Generator, median: float, width: float) -> Tensor:
     """Times (n,) in (0, 1): "uniform", or "logit_normal", where log(t / (1 - t)) is normal and of that width.
 
     Esser et al. 2024 (arXiv:2403.03206, Sec. 3.1); 0.69 and 0.8 are those of arXiv:2511.13720, where t runs backwards.
-    ``distinct`` times, if not 0, are shared by the n, each from another one of as many equal parts of the distribution.
     """
-    u = torch.rand(distinct or n, generator=random, device=random.device)
-    if distinct:
-        u = ((torch.arange(distinct, device=u.device) + u) / distinct)[torch.arange(n, device=u.device) % distinct]
     if distribution == "uniform":
-        return u
-    normal = torch.special.ndtri(u.double().clamp(1e-9, 1 - 1e-9)).float()
-    return torch.sigmoid(math.log(median / (1 - median)) + width * normal)
+        return torch.rand(n, generator=random, device=random.device)
+    return torch.sigmoid(
+        math.log(median / (1 - median)) + width * torch.randn(n, generator=random, device=random.device)
+    )
 
 
 def drop_labels(labels: Tensor, null_label: int, probability: float, random: torch.Generator) -> Tensor:
@@ -105,16 +99,11 @@ def guided(velocity: Velocity, null_label: int, scale: float, interval: tuple[fl
 def time_grid(steps: int, name: str = "uniform") -> list[float]:
     """Times from 1 to 0.
 
-    "uniform"; "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends; "logit", where after the first
-    step the signal-to-noise ratio (1 - t) / t grows by the same factor each time (arXiv:2206.00927); or "square", for
-    students: the first step goes to 0.8, as far as noise alone tells the way, and the others follow a square.
+    "uniform"; "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends; or "square", for a few steps:
+    the first goes to 0.8, as far as noise alone tells the way, and the others follow a square.
     """
     if name == "square":
         return [1.0, *(0.8 * (i / (steps - 1)) ** 2 for i in range(steps - 1, 0, -1)), 0.0]
-    if name == "logit":
-        first, last = (math.log(t / (1 - t)) for t in _LOGIT_ENDS)
-        inner = (first + (last - first) * i / max(1, steps - 2) for i in range(steps - 1))
-        return [1.0, *(1 / (1 + math.exp(-logit)) for logit in inner), 0.0]
     if name == "cosine":
         return [math.sin(math.pi / 2 * i / steps) ** 2 for i in range(steps, -1, -1)]
     return [i / steps for i in range(steps, -1, -1)]
@@ -166,7 +155,7 @@ def multistep_path(velocity: Velocity, z: Tensor, labels: Tensor, times: list[fl
 
 
 SOLVERS = {"euler": euler, "heun": heun, "multistep": multistep}
-TIME_GRIDS = ("uniform", "cosine", "logit", "square")
+TIME_GRIDS = ("uniform", "cosine", "square")
 
 
 @dataclass(frozen=True)

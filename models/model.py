@@ -25,10 +25,9 @@ SIZES = {
     },
 }
 
-_LIGHT = 0.1  # mean light of a pixel that a patch basis scales images to
+_LIGHT = 0.2153  # root mean square that a patch basis scales images to; simulated lenses in [-1, 1] have it on average
 _FAINTEST = 0.2  # of the brightest principal component: with less, the bright ones are learned too late
-_LEADING, _WAVES = 6, 256  # components that a network also sees as waves, and how many waves
-_SLOWEST, _OCTAVES = 0.5, 5  # radians of the slowest wave for a unit of all of them, and how much faster others are
+_LEADING, _OCTAVES = 5, 4  # components that a network also sees as waves, and how many wavelengths of each
 
 
 class NanoDiT(nn.Module):
@@ -85,7 +84,7 @@ class NanoDiT(nn.Module):
         numbers = patch_size * patch_size * in_channels
         self.patch_basis = PatchBasis(numbers, patch_basis) if patch_basis else None
         self.x_embedder = (
-            nn.Linear(patch_basis + 2 * _WAVES, hidden_size)
+            nn.Linear(patch_basis + 2 * min(_LEADING, patch_basis) * _OCTAVES, hidden_size)
             if patch_basis
             else PatchEmbed(patch_size, in_channels, hidden_size)
         )
@@ -94,24 +93,18 @@ class NanoDiT(nn.Module):
         self.pos_embed = nn.Parameter(
             sincos_positions(hidden_size, input_size // patch_size)[None], requires_grad=False
         )
-        attends = self.num_tokens > 1  # to others; a token alone has none
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, gelu, attends) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, gelu) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_basis or numbers)
         self._initialize()
 
     def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """z (n, *sample_shape), t (n,) in [0, 1], labels (n,) in 0..num_classes -> velocity (n, *sample_shape)."""
-        seen = z if self.patch_basis is None else self.patch_basis.show(z, t)
+        seen = z if self.patch_basis is None else waves(self.patch_basis.standardize(z, t))
         tokens = self.x_embedder(seen) + self.pos_embed
-        of_image = None
-        if self.num_tokens == 1:  # the condition costs as much as the token itself
-            (times, classes), of_image = torch.unique(torch.stack([t, labels.to(t)]), dim=1, return_inverse=True)
-            condition = self.t_embedder(times) + self.y_embedder(classes.long())
-        else:
-            condition = self.t_embedder(t) + self.y_embedder(labels)
+        condition = self.t_embedder(t) + self.y_embedder(labels)
         for block in self.blocks:
-            tokens = block(tokens, condition, of_image)
-        out = self.final_layer(tokens, condition, of_image)
+            tokens = block(tokens, condition)
+        out = self.final_layer(tokens, condition)
         out = self._unpatchify(out) if self.patch_basis is None else out * self.patch_basis.spread
         return flow.velocity_from_image(out.float(), z, t) if self.prediction == "image" else out
 
@@ -120,17 +113,17 @@ class NanoDiT(nn.Module):
         if self.patch_basis is not None:
             if len(images) * self.num_tokens < len(self.patch_basis.spread):
                 raise ValueError(f"{len(images)} images are too few for a patch basis")
-            self.patch_basis.fit(self._patchify(amplitudes(images)).flatten(0, 1))
+            self.patch_basis.fit(self._patchify(equal_light(images)).flatten(0, 1))
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (n, c, h, w) in [-1, 1] to what the flow is of, (n, *sample_shape)."""
-        return images if self.patch_basis is None else self.patch_basis.encode(self._patchify(amplitudes(images)))
+        return images if self.patch_basis is None else self.patch_basis.encode(self._patchify(equal_light(images)))
 
     def decode(self, z: Tensor) -> Tensor:
         """The inverse of ``encode``; with a patch basis, each image fills [-1, 1]."""
         if self.patch_basis is None:
             return z
-        return diffusion_transforms(self._unpatchify(self.patch_basis.decode(z)).clamp_min(0).square())
+        return diffusion_transforms(self._unpatchify(self.patch_basis.decode(z)).clamp_min(0))
 
     def weigh(self, error: Tensor) -> Tensor:
         """Errors of a velocity as the loss counts them."""
@@ -197,10 +190,6 @@ class PatchBasis(nn.Module):
         self.mean = nn.Parameter(torch.zeros(numbers), requires_grad=False)
         self.vectors = nn.Parameter(torch.zeros(numbers, size), requires_grad=False)
         self.spread = nn.Parameter(torch.ones(size), requires_grad=False)
-        random = torch.Generator().manual_seed(0)
-        directions = torch.randn(min(_LEADING, size), _WAVES, generator=random) / min(_LEADING, size) ** 0.5
-        octaves = _OCTAVES * torch.rand(_WAVES, generator=random)
-        self.waves = nn.Parameter(_SLOWEST * 2**octaves * directions, requires_grad=False)
 
     def fit(self, patches: Tensor, most: int = 8192) -> None:
         """Principal components (Halko et al. 2009, arXiv:0909.4061) of at most ``most`` of the patches (n, numbers)."""
@@ -221,26 +210,10 @@ class PatchBasis(nn.Module):
         """Errors of coefficients in units of their spread, or of ``_FAINTEST`` of the largest one if that is more."""
         return errors / (self.spread.square() + (_FAINTEST * self.spread[0]).square()).sqrt()
 
-    def show(self, z: Tensor, t: Tensor) -> Tensor:
-        """What a network sees of noisy coefficients: at unit variance, followed by sines and cosines of the first ones.
-
-        Lenses are rough functions of the source position, which a few components tell; a network learns such functions
-        faster from waves in random directions (Tancik et al. 2020, arXiv:2006.10739). Each is damped to what can be
-        expected of it without the noise, so that it fades as noise hides it.
-
-        Args:
-            z: noisy coefficients (n, tokens, size).
-            t: their times (n,).
-
-        Returns:
-            (n, tokens, size + 2 * _WAVES).
-        """
+    def standardize(self, z: Tensor, t: Tensor) -> Tensor:
+        """Noisy coefficients (n, tokens, size) at times t (n,) to unit variance."""
         t = t[:, None, None]
-        deviation = (((1 - t) * self.spread).square() + t.square()).sqrt()
-        seen, noise = z / deviation, (t / deviation)[..., : len(self.waves)]
-        angles = seen[..., : len(self.waves)] @ self.waves
-        left = torch.exp(-0.5 * noise.square() @ self.waves.square())
-        return torch.cat([seen, angles.sin() * left, angles.cos() * left], dim=-1)
+        return z / (((1 - t) * self.spread).square() + t.square()).sqrt()
 
 
 class TimestepEmbedder(nn.Module):
@@ -299,28 +272,20 @@ class Mlp(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition (arXiv:2212.09748, Fig. 3).
+    """Attention and MLP, each shifted, scaled and gated by the condition (arXiv:2212.09748, Fig. 3)."""
 
-    Without attention when ``attends`` is False: a token that is alone would get a linear map from it.
-    """
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, gelu: str, attends: bool = True):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, gelu: str):
         super().__init__()
-        self.attends = attends
-        if attends:
-            self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-            self.attn = Attention(hidden_size, num_heads)
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), gelu)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, (6 if attends else 3) * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, condition: Tensor, of_image: Tensor | None = None) -> Tensor:
-        modulation = _spread(self.adaLN_modulation(condition), of_image)
-        *of_attention, shift, scale, gate = modulation.split(x.shape[2], dim=2)
-        if self.attends:
-            shift1, scale1, gate1 = of_attention
-            x = x + gate1 * self.attn(_modulate(self.norm1(x), shift1, scale1))
-        return x + gate * self.mlp(_modulate(self.norm2(x), shift, scale))
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition)[:, None].chunk(6, dim=2)
+        x = x + gate1 * self.attn(_modulate(self.norm1(x), shift1, scale1))
+        return x + gate2 * self.mlp(_modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
@@ -332,25 +297,34 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, condition: Tensor, of_image: Tensor | None = None) -> Tensor:
-        shift, scale = _spread(self.adaLN_modulation(condition), of_image).chunk(2, dim=2)
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=2)
         return self.linear(_modulate(self.norm_final(x), shift, scale))
 
 
-def amplitudes(images: Tensor) -> Tensor:
-    """Images (n, c, h, w) in [-1, 1] to square roots of light, 0 where there is none, all of the same total light.
+def equal_light(images: Tensor) -> Tensor:
+    """Images (n, c, h, w) in [-1, 1] to light, 0 where there is none, of the same root mean square.
 
-    Of a root, an error counts less where the sky is dark, and it is a smoother function of the source position. Scaled
-    to the same peak, as files are, the brightness of a lens would jump up and down by 3% as the peak moves from pixel
-    to pixel, which no small network can learn.
+    Scaled to the same peak, as files are, the brightness of a lens jumps up and down by 3% as the peak moves from pixel
+    to pixel, which no small network can learn; scaled to the same power it is a smooth function of the source position.
     """
-    light = (images + 1).clamp_min(0)
-    return (light * (_LIGHT / light.mean((-3, -2, -1), keepdim=True).clamp_min(1e-6))).sqrt()
+    light = images + 1
+    power = light.square().mean((-3, -2, -1), keepdim=True)
+    return light * (_LIGHT / power.sqrt().clamp_min(1e-6))
 
 
-def _spread(modulation: Tensor, of_image: Tensor | None) -> Tensor:
-    """Rows (m, width) to those of images (n, 1, width): one for each, or the one that ``of_image`` (n,) says."""
-    return (modulation if of_image is None else F.embedding(of_image, modulation))[:, None]
+def waves(coefficients: Tensor) -> Tensor:
+    """Coefficients (..., size) of unit variance, followed by sines and cosines of the first ones.
+
+    Lenses are rough functions of the source position, which a few components tell; a network learns such functions
+    faster from waves (Tancik et al. 2020, arXiv:2006.10739).
+
+    Returns:
+        (..., size + 2 * _LEADING * _OCTAVES), or fewer when there are not as many coefficients.
+    """
+    octaves = 2.0 ** torch.arange(_OCTAVES, device=coefficients.device)
+    angles = (coefficients[..., :_LEADING, None] * octaves).flatten(-2)
+    return torch.cat([coefficients, angles.sin(), angles.cos()], dim=-1)
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

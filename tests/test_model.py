@@ -8,7 +8,7 @@ import torch
 
 from dataset import diffusion_transforms
 from models import flow
-from models.model import SIZES, DiTBlock, NanoDiT, amplitudes
+from models.model import SIZES, NanoDiT, equal_light, waves
 
 SMALL = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 4, "num_classes": 3}
 
@@ -154,41 +154,15 @@ def test_every_class_and_no_class_give_different_velocities():
     assert all(not torch.allclose(out[i], out[j]) for i in range(4) for j in range(i))
 
 
-def test_attention_of_a_lone_token_is_left_out_and_that_of_many_is_not():
-    x, condition = torch.randn(5, 1, 16), torch.randn(5, 16)
-    alone, attending = DiTBlock(16, 4, 2.0, "tanh", attends=False), DiTBlock(16, 4, 2.0, "tanh")
-    with torch.no_grad():
-        for parameter in attending.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape))
-        attending.adaLN_modulation[1].weight[32:48] = 0  # the gate of attention
-        attending.adaLN_modulation[1].bias[32:48] = 0
-        alone.mlp.load_state_dict(attending.mlp.state_dict())
-        for name in ("weight", "bias"):
-            getattr(alone.adaLN_modulation[1], name).copy_(getattr(attending.adaLN_modulation[1], name)[48:])
-    torch.testing.assert_close(alone(x, condition), attending(x, condition))
-    assert not any("attn" in name for name in NanoDiT(**SIZES["NanoDiT-S/64"]).state_dict())
-    assert any("attn" in name for name in NanoDiT(**SIZES["NanoDiT-S/16"]).state_dict())
-
-
-def test_a_lone_token_has_the_condition_of_its_own_image():
-    """It is computed once for each pair of time and class, so images must not get each other's."""
-    model = random_model(prediction="image", patch_size=8, patch_basis=5)
-    z, t = torch.randn(12, 1, 5), torch.tensor([0.1, 0.7, 0.1, 0.3]).repeat(3)
-    labels = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 1, 1, 1, 2])
-    one_by_one = torch.cat([model(z[i : i + 1], t[i : i + 1], labels[i : i + 1]) for i in range(12)])
-    assert one_by_one.std() > 0.5
-    torch.testing.assert_close(model(z, t, labels), one_by_one, rtol=1e-4, atol=1e-4)
-
-
 # Patches as coefficients of principal components
 
 
 def basis_model() -> tuple[NanoDiT, torch.Tensor]:
-    """A random network whose basis is fitted to images whose amplitudes have few directions, and such images."""
+    """A random network whose basis is fitted to images of few directions, and such images."""
     model = random_model(prediction="image", patch_size=4, patch_basis=5)
     generator = torch.Generator().manual_seed(2)
     few = torch.rand(200 * 4, 5, generator=generator) * torch.tensor([3.0, 1, 0.3, 0.1, 0.03])
-    images = model._unpatchify((few @ torch.rand(5, 16, generator=generator)).view(200, 4, 16)).square() - 1
+    images = model._unpatchify((few @ torch.rand(5, 16, generator=generator)).view(200, 4, 16)) - 1
     model.fit_basis(images)
     return model, images
 
@@ -200,21 +174,18 @@ def test_a_patch_basis_is_orthonormal_and_loses_nothing_of_images_within_it():
     coefficients = model.encode(images)
     assert coefficients.shape == (200, *model.sample_shape) == (200, 4, 5)
     torch.testing.assert_close(model.decode(coefficients), diffusion_transforms(images), atol=1e-3, rtol=0)
-    patches = model._patchify(amplitudes(images)).flatten(0, 1)
+    patches = model._patchify(equal_light(images)).flatten(0, 1)
     expected = np.linalg.svd(np.cov(patches.numpy().T))[1][:5] ** 0.5
     np.testing.assert_allclose(model.patch_basis.spread, expected, rtol=0.01)
 
 
-def test_amplitudes_are_roots_of_the_same_total_light_however_bright():
-    _, images = basis_model()
-    root = amplitudes(images)
-    torch.testing.assert_close(root.square().mean((1, 2, 3)), torch.full((200,), 0.1))
-    torch.testing.assert_close(
-        root.square() / root.square().amax((1, 2, 3), True), (images + 1) / (images + 1).amax((1, 2, 3), True)
-    )
+def test_a_patch_basis_takes_all_images_with_the_same_light_however_bright():
+    model, images = basis_model()
+    light = equal_light(images)
+    torch.testing.assert_close(light.square().mean((1, 2, 3)), torch.full((200,), 0.2153**2))
     brightness = torch.rand(200, 1, 1, 1) + 0.5
-    torch.testing.assert_close(amplitudes((images + 1) * brightness - 1), root)
-    assert torch.equal(amplitudes(torch.full((1, 1, 8, 8), -1.0)), torch.zeros(1, 1, 8, 8))
+    torch.testing.assert_close(model.encode((images + 1) * brightness - 1), model.encode(images))
+    assert torch.equal(equal_light(torch.full((1, 1, 8, 8), -1.0)), torch.zeros(1, 1, 8, 8))
 
 
 def test_noisy_coefficients_come_to_the_network_with_unit_variance_at_every_time():
@@ -222,27 +193,19 @@ def test_noisy_coefficients_come_to_the_network_with_unit_variance_at_every_time
     x = model.encode(images)
     for time in (0.01, 0.3, 0.9, 1.0):
         t = torch.full((200,), time)
-        seen = model.patch_basis.show(flow.interpolate(x, torch.randn(x.shape), t), t)
-        torch.testing.assert_close(seen[..., :5].std((0, 1)), torch.ones(5), atol=0.12, rtol=0)
+        z = flow.interpolate(x, torch.randn(x.shape), t)
+        torch.testing.assert_close(model.patch_basis.standardize(z, t).std((0, 1)), torch.ones(5), atol=0.12, rtol=0)
 
 
-def test_waves_of_the_first_coefficients_are_what_can_be_expected_of_them_without_the_noise():
-    """Of the many clean coefficients that a noisy one can come from, the mean sine and cosine."""
-    model, images = basis_model()
-    basis, generator = model.patch_basis, torch.Generator().manual_seed(3)
-    z = model.encode(images)[:1, :1]
-    for time in (1e-4, 0.02, 0.1):
-        t = torch.tensor([time])
-        sines, cosines = basis.show(z, t)[0, 0, 5:].chunk(2)
-        clean = z[0, 0] + time * torch.randn(200_000, 5, generator=generator)
-        angles = clean / (((1 - time) * basis.spread).square() + time**2).sqrt() @ basis.waves
-        torch.testing.assert_close(sines, angles.sin().mean(0), atol=0.01, rtol=0)
-        torch.testing.assert_close(cosines, angles.cos().mean(0), atol=0.01, rtol=0)
-    slow, fast = basis.waves.norm(dim=0).quantile(torch.tensor([0.05, 0.95]))
-    assert fast > 8 * slow
-    assert torch.equal(
-        NanoDiT(**SMALL | {"prediction": "image", "patch_basis": 5, "patch_size": 4}).patch_basis.waves, basis.waves
-    )
+def test_the_first_coefficients_come_with_sines_and_cosines_of_four_octaves():
+    coefficients = torch.randn(2, 3, 7)
+    seen = waves(coefficients)
+    assert seen.shape == (2, 3, 7 + 2 * 5 * 4)
+    assert torch.equal(seen[..., :7], coefficients)
+    angles = [c * 2**octave for c in coefficients[1, 2, :5].tolist() for octave in range(4)]
+    np.testing.assert_allclose(seen[1, 2, 7:27], np.sin(angles), atol=1e-5)
+    np.testing.assert_allclose(seen[1, 2, 27:], np.cos(angles), atol=1e-5)
+    assert waves(torch.randn(2, 3, 2)).shape == (2, 3, 2 + 2 * 2 * 4)
 
 
 def test_the_loss_counts_errors_in_units_of_their_spread_but_for_the_faintest():
