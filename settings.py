@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent
 # Other whole numbers count something there must be one of
-MAY_BE_ZERO = {"SEED", "NUM_WORKERS", "WARMUP_EPOCHS", "CHECKPOINT_SAVE_STEPS"}
+MAY_BE_ZERO = {"SEED", "NUM_WORKERS", "WARMUP_EPOCHS", "CHECKPOINT_SAVE_STEPS", "PATCH_BASIS"}
 # More would never end
 AT_MOST = {"NUM_ODE_STEPS": 10_000, "EPOCHS": 1_000_000, "NUM_SPLITS": 10_000, "NUM_PER_CLASS": 10**9}
 PATH_ENDINGS = ("_DIR", "_PATH")
@@ -193,6 +193,8 @@ def _number(name: str, text: str, kind: type) -> int | float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of 0 or more")
     if kind is int and value == 0 and name not in MAY_BE_ZERO:
         raise argparse.ArgumentTypeError("it must be 1 or more")
+    if name == "LEARNING_RATE" and value == 0:
+        raise argparse.ArgumentTypeError("it must be more than 0")
     if value > AT_MOST.get(name, value):
         raise argparse.ArgumentTypeError(f"it must be {AT_MOST[name]} or less: more would never end")
     return value

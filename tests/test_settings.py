@@ -87,6 +87,7 @@ def test_paths_in_a_script_are_inside_the_repository_and_paths_in_a_flag_are_not
         ("--batch_size 0", "must be 1 or more"),
         ("--batch_size -3", "'-3' is not a finite number of 0 or more"),
         ("--learning_rate nan", "'nan' is not a finite number"),
+        ("--learning_rate 0", "must be more than 0"),
         ("--learning_rate fast", "'fast' is not a number"),
         ("--compile yes", "'yes' is neither true nor false"),
         ("--mode c", "'c' is not one of None, a, b"),
@@ -100,6 +101,13 @@ def test_a_mistake_is_one_line_and_status_2(script, capsys, flags, complaint):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert complaint in lines[0]
+
+
+@pytest.mark.parametrize("name", ["SEED", "PATCH_BASIS", "CHECKPOINT_SAVE_STEPS"])
+def test_zero_is_taken_where_it_means_something(script, name):
+    script[name] = 3
+    settings.from_flags(script, [f"--{name.lower()}", "0"])
+    assert script[name] == 0
 
 
 def test_a_required_constant_must_be_given(script, capsys):
