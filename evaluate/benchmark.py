@@ -5,7 +5,7 @@
 
 Contenders: lenstronomy as simulate/simulate_lenses.py uses it, on all cores; the same recipe for many images at once
 (simulate/vectorized.py), compiled; the reference sampler, 50 Euler steps with guidance of NanoDiT-B/2, untrained since
-its speed is the same; the generator of CHECKPOINT_PATH in 1, 2, 4 and 8 passes. Writes OUTPUT_DIR/benchmark.json and
+its speed is the same; the generator of CHECKPOINT_PATH in 1, 2, 4, 8 and 16 passes. Writes OUTPUT_DIR/benchmark.json and
 OUTPUT_DIR/benchmark.png and prints the tables.
 """
 
@@ -56,7 +56,7 @@ ROUNDS = 3  # Every contender is timed once in each round; the median counts
 IMAGES_PER_CLASS = 500  # In a Fréchet distance; as many as half of the test images if these are fewer
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
-_PASSES = (1, 2, 4, 8)
+_PASSES = (1, 2, 4, 8, 16)
 _BATCHES = (1, 8, 64, 512)
 _PIXELS = (32, 64, 128, 256)
 _LENSTRONOMY, _VECTORIZED, _REFERENCE = "lenstronomy, all cores", "vectorized simulator", "reference sampler"

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+_LOGIT_ENDS = (0.9, 0.03)  # first and last time between 1 and 0 of the grid "logit"
 T_FLOOR = 0.05  # a clean-image prediction's velocity error is its image error over t: weigh that by no more than 1/0.05
 
 
@@ -99,11 +100,16 @@ def guided(velocity: Velocity, null_label: int, scale: float, interval: tuple[fl
 def time_grid(steps: int, name: str = "uniform") -> list[float]:
     """Times from 1 to 0.
 
-    "uniform"; "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends; or "square", for a few steps:
-    the first goes to 0.8, as far as noise alone tells the way, and the others follow a square.
+    "uniform"; "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends; "logit", where after the first
+    step the signal-to-noise ratio (1 - t) / t grows by the same factor each time (arXiv:2206.00927); or "square", for
+    students: the first step goes to 0.8, as far as noise alone tells the way, and the others follow a square.
     """
     if name == "square":
         return [1.0, *(0.8 * (i / (steps - 1)) ** 2 for i in range(steps - 1, 0, -1)), 0.0]
+    if name == "logit":
+        first, last = (math.log(t / (1 - t)) for t in _LOGIT_ENDS)
+        inner = (first + (last - first) * i / max(1, steps - 2) for i in range(steps - 1))
+        return [1.0, *(1 / (1 + math.exp(-logit)) for logit in inner), 0.0]
     if name == "cosine":
         return [math.sin(math.pi / 2 * i / steps) ** 2 for i in range(steps, -1, -1)]
     return [i / steps for i in range(steps, -1, -1)]
@@ -132,9 +138,11 @@ def heun(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> T
 
 
 def multistep(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Tensor:
-    """As ``euler``, with the velocity in the middle of a step extrapolated from the two last ones (Adams-Bashforth).
+    """As ``euler``, with the clean image of each step extrapolated from the two last ones, in the logarithm of the
+    signal-to-noise ratio: DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, Algorithm 2).
 
-    One pass a step, and the error falls as 1 / steps^2. The last step is Euler's: it ends in the predicted clean image.
+    One pass a step, and the error falls as 1 / steps^2 where the grid is dense towards 0. The last step is Euler's: it
+    ends in the predicted clean image.
     """
     for end in multistep_path(velocity, z, labels, times):
         z = end
@@ -143,19 +151,24 @@ def multistep(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float])
 
 def multistep_path(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Iterator[Tensor]:
     """The points at which ``multistep`` arrives, one for each of ``times`` after the first."""
-    before = before_t = None
+    before = last_step = None
     for t, after in pairwise(times):
-        slope = velocity(z, _times(t, z), labels)
-        middle = slope
+        image = ahead = z - t * velocity(z, _times(t, z), labels)
+        step = _log_snr(after) - _log_snr(t)
         if before is not None and after > 0:
-            middle = slope + (after - t) / (2 * (t - before_t)) * (slope - before)
-        z = z + (after - t) * middle
+            ahead = image + step / (2 * last_step) * (image - before)  # by nothing after a step from pure noise
+        z = after / t * z + (1 - after / t) * ahead
         yield z
-        before, before_t = slope, t
+        before, last_step = image, step
+
+
+def _log_snr(t: float) -> float:
+    """Logarithm of what there is of the image over what there is of the noise."""
+    return math.inf if t == 0 else -math.inf if t == 1 else math.log((1 - t) / t)
 
 
 SOLVERS = {"euler": euler, "heun": heun, "multistep": multistep}
-TIME_GRIDS = ("uniform", "cosine", "square")
+TIME_GRIDS = ("uniform", "cosine", "logit", "square")
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,13 @@ def gaussian_velocity(mean: float, std: float):
     return velocity
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("multistep", 2)])
-@pytest.mark.parametrize("grid", ["uniform", "cosine"])  # the first step of "square" stays as it is
+@pytest.mark.parametrize(  # the first steps of "logit" and "square" stay as they are
+    ("solver", "order", "grid"),
+    [
+        *(("euler", 1, "uniform"), ("euler", 1, "cosine"), ("heun", 2, "uniform"), ("heun", 2, "cosine")),
+        ("multistep", 2, "cosine"),  # its steps are in the logarithm of the noise, which "uniform" does not refine at 0
+    ],
+)
 def test_a_solver_follows_the_exact_solution_with_the_error_of_its_order(solver, order, grid):
     velocity = gaussian_velocity(mean=0.7, std=0.3)
     noise = torch.randn(200, 1, 2, 2, dtype=torch.float64)
@@ -101,9 +106,28 @@ def test_a_solver_follows_the_exact_solution_with_the_error_of_its_order(solver,
     def error(steps):
         return (flow.SOLVERS[solver](velocity, noise, labels, flow.time_grid(steps, grid)) - exact).abs().max().item()
 
-    errors = [error(n) for n in (100, 200, 400)]
+    errors = [error(n) for n in (200, 400, 800)]
     np.testing.assert_allclose(np.array(errors[:-1]) / errors[1:], 2**order, rtol=0.06)
     assert errors[-1] < 0.01
+
+
+def test_the_multistep_solver_is_that_of_dpm_solver_plus_plus():
+    """Algorithm 2 of arXiv:2211.01095 in its own symbols, from a time after the first on."""
+    velocity, times = gaussian_velocity(mean=0.7, std=0.3), [0.9, 0.6, 0.35, 0.1]
+    start = torch.randn(50, 1, 2, 2, dtype=torch.float64)
+    alpha, sigma = 1 - np.array(times), np.array(times)
+    h = np.diff(np.log(alpha / sigma))
+
+    def clean(i, x):
+        return x - sigma[i] * velocity(x, torch.full((50,), times[i], dtype=torch.float64), None)
+
+    x, buffer = start, []
+    for i in range(3):
+        buffer.append(clean(i, x))
+        r = h[i - 1] / h[i]
+        d = (1 + 1 / (2 * r)) * buffer[-1] - 1 / (2 * r) * buffer[-2] if i else buffer[-1]
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * math.expm1(-h[i]) * d
+    torch.testing.assert_close(flow.multistep(velocity, start, torch.zeros(50), times), x)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +162,10 @@ def test_grids_run_from_1_to_0():
     assert flow.time_grid(4, "cosine") == pytest.approx([1, 0.5 + half, 0.5, 0.5 - half, 0])
     assert flow.time_grid(4, "square") == pytest.approx([1, 0.8, 0.8 * 4 / 9, 0.8 / 9, 0])
     assert flow.time_grid(2, "square") == [1, 0.8, 0]
+    times = flow.time_grid(8, "logit")
+    assert [times[0], times[1], times[-2], times[-1]] == pytest.approx([1, 0.9, 0.03, 0])
+    ratios = [(1 - t) / t for t in times[1:-1]]  # signal to noise
+    np.testing.assert_allclose(np.divide(ratios[1:], ratios[:-1]), (0.97 / 0.03 * 0.9 / 0.1) ** (1 / 6))
     for name in flow.TIME_GRIDS:
         assert flow.time_grid(1, name) == [1, 0]
 

@@ -66,7 +66,7 @@ SEED = 42  # Of weights, order of data, times and noise
 CFG_SCALE = 5.0  # Guidance scale of the samples, here and wherever the checkpoint is used; 1 is no guidance
 NUM_ODE_STEPS = 50  # From noise to image, likewise
 SOLVER: Literal[(*flow.SOLVERS,)] = "euler"  # Likewise; "multistep" needs fewer steps, and "heun", of two passes each
-TIME_GRID: Literal[flow.TIME_GRIDS] = "uniform"  # Of the steps; "cosine" for a patch basis
+TIME_GRID: Literal[flow.TIME_GRIDS] = "uniform"  # Of the steps; "logit" for SOLVER = "multistep"
 NUM_SAMPLES_PER_CLASS = 4  # Samples of each class in a grid
 SAMPLE_INTERVAL = 10  # Epochs between sample grids
 CHECKPOINT_SAVE_INTERVAL = 10  # Epochs between checkpoints
