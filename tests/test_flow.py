@@ -130,6 +130,14 @@ def test_the_multistep_solver_is_that_of_dpm_solver_plus_plus():
     torch.testing.assert_close(flow.multistep(velocity, start, torch.zeros(50), times), x)
 
 
+def test_the_multistep_solver_takes_no_slope_from_pure_noise():
+    """There the logarithm of the signal-to-noise ratio has no bound: the second step is Euler's like the first."""
+    velocity = gaussian_velocity(mean=0.7, std=0.3)
+    noise, labels = torch.randn(50, 1, 2, 2, dtype=torch.float64), torch.zeros(50)
+    second = list(flow.multistep_path(velocity, noise, labels, [1.0, 0.6, 0.3, 0.1, 0.0]))[1]
+    torch.testing.assert_close(second, flow.euler(velocity, noise, labels, [1.0, 0.6, 0.3]))
+
+
 @pytest.mark.parametrize(
     ("solver", "passes"),
     [
