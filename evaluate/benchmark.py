@@ -5,7 +5,7 @@
 
 Contenders: lenstronomy as simulate/simulate_lenses.py uses it, on all cores; the same recipe for many images at once
 (simulate/vectorized.py), compiled; the reference sampler, 50 Euler steps with guidance of NanoDiT-B/2, untrained since
-its speed is the same; the generator of CHECKPOINT_PATH in 1, 2, 4, 8 and 16 passes. Writes OUTPUT_DIR/benchmark.json and
+its speed is the same; the generator of CHECKPOINT_PATH in 1 to 16 passes. Writes OUTPUT_DIR/benchmark.json and
 OUTPUT_DIR/benchmark.png and prints the tables.
 """
 
