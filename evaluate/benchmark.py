@@ -12,6 +12,7 @@ OUTPUT_DIR/benchmark.png and prints the tables.
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -176,12 +177,19 @@ def peak_memory() -> dict[int, float]:
 
 def _peak_memory(checkpoint: str) -> dict[int, float]:
     model, found = load_model(checkpoint, "cpu"), {}
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _highest()
     for images in _BATCHES:  # from small to large: the system knows the highest peak so far
         draw(model, images, model.sampler)
-        found[images] = float(unit) * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        found[images] = _highest() - before
     return found
+
+
+def _highest() -> float:
+    """Most bytes that this process has held. On Linux ``getrusage`` would count those of the process that started it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * float(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
 def quality_of(model: NanoDiT, device: torch.device) -> dict[int, dict[str, float]]:

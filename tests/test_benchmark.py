@@ -36,4 +36,5 @@ def test_the_benchmark_writes_its_tables(lens_data, checkpoint, classifier, tmp_
     assert contenders["NanoDiT, 8 passes"]["operations"] == 8 * one_pass
     assert found["quality"]["8"]["overall"] > 0
     assert np.isfinite(found["matmul_rate"])
+    assert 1e6 < found["memory"]["512"] < 4e9
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
