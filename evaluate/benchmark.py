@@ -185,7 +185,7 @@ def _peak_memory(checkpoint: str) -> dict[int, float]:
 
 
 def _highest() -> float:
-    """Most bytes that this process has held. On Linux ``getrusage`` would count those of the process that started it."""
+    """Most bytes that this process has held; on Linux ``getrusage`` would count its parent's."""
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * float(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
