@@ -83,12 +83,10 @@ def with_guidance(
     model: NanoDiT, labels: Tensor, steps: int, scale: float, interval: tuple[float, float]
 ) -> tuple[Tensor, int]:
     """Images of the multistep solver with guidance at times in an interval, and how many passes each takes."""
-    times = flow.time_grid(steps, "logit")
+    sampler = flow.Sampler(steps, 1.0, "multistep", "logit")
     velocity = flow.guided(model, model.num_classes, scale, interval)
-    images = flow.sample(
-        velocity, labels, model.sample_shape, model.num_classes, flow.Sampler(steps, 1.0, "multistep", "logit"), SEED
-    )
-    doubled = sum(interval[0] <= t <= interval[1] for t in times[:-1])
+    images = flow.sample(velocity, labels, model.sample_shape, model.num_classes, sampler, SEED)
+    doubled = sum(interval[0] <= t <= interval[1] for t in flow.time_grid(steps, sampler.grid)[:-1])
     return flow.to_unit_range(model.decode(images)).cpu(), steps + doubled
 
 
