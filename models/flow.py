@@ -107,9 +107,9 @@ def time_grid(steps: int, name: str = "uniform") -> list[float]:
     if name == "square":
         return [1.0, *(0.8 * (i / (steps - 1)) ** 2 for i in range(steps - 1, 0, -1)), 0.0]
     if name == "logit":
-        first, last = (math.log(t / (1 - t)) for t in _LOGIT_ENDS)
+        first, last = map(_log_snr, _LOGIT_ENDS)
         inner = (first + (last - first) * i / max(1, steps - 2) for i in range(steps - 1))
-        return [1.0, *(1 / (1 + math.exp(-logit)) for logit in inner), 0.0]
+        return [1.0, *(1 / (1 + math.exp(log_snr)) for log_snr in inner), 0.0]
     if name == "cosine":
         return [math.sin(math.pi / 2 * i / steps) ** 2 for i in range(steps, -1, -1)]
     return [i / steps for i in range(steps, -1, -1)]
