@@ -99,14 +99,25 @@ class NanoDiT(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """z (n, *sample_shape), t (n,) in [0, 1], labels (n,) in 0..num_classes -> velocity (n, *sample_shape)."""
-        seen = z if self.patch_basis is None else waves(self.patch_basis.standardize(z, t))
+        seen = z if self.patch_basis is None else waves(z / self.patch_basis.deviation(t))
         tokens = self.x_embedder(seen) + self.pos_embed
-        condition = self.t_embedder(t) + self.y_embedder(labels)
+        of_image = None
+        if self.num_tokens == 1:  # its condition would cost as much as the token: once for all images that share it
+            (t_shared, labels), of_image = torch.unique(torch.stack([t, labels.to(t)]), dim=1, return_inverse=True)
+            condition = self.t_embedder(t_shared) + self.y_embedder(labels.long())
+        else:
+            condition = self.t_embedder(t) + self.y_embedder(labels)
         for block in self.blocks:
-            tokens = block(tokens, condition)
-        out = self.final_layer(tokens, condition)
+            tokens = block(tokens, condition, of_image)
+        out = self.final_layer(tokens, condition, of_image)
         out = self._unpatchify(out) if self.patch_basis is None else out * self.patch_basis.spread
         return flow.velocity_from_image(out.float(), z, t) if self.prediction == "image" else out
+
+    @property
+    def mean(self) -> Tensor | None:
+        """Of what the flow is of, (*sample_shape), where it is known: principal components of whole images have 0."""
+        whole = self.patch_basis is not None and self.num_tokens == 1
+        return self.pos_embed.new_zeros(self.sample_shape) if whole else None
 
     def fit_basis(self, images: Tensor) -> None:
         """Sets the patch basis, if there is one, to the principal components of training images (n, c, h, w)."""
@@ -210,10 +221,10 @@ class PatchBasis(nn.Module):
         """Errors of coefficients in units of their spread, or of ``_FAINTEST`` of the largest one if that is more."""
         return errors / (self.spread.square() + (_FAINTEST * self.spread[0]).square()).sqrt()
 
-    def standardize(self, z: Tensor, t: Tensor) -> Tensor:
-        """Noisy coefficients (n, tokens, size) at times t (n,) to unit variance."""
+    def deviation(self, t: Tensor) -> Tensor:
+        """Standard deviations (n, 1, size) of noisy coefficients at times t (n,)."""
         t = t[:, None, None]
-        return z / (((1 - t) * self.spread).square() + t.square()).sqrt()
+        return (((1 - t) * self.spread).square() + t.square()).sqrt()
 
 
 class TimestepEmbedder(nn.Module):
@@ -254,6 +265,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, tokens, width = x.shape
+        if tokens == 1:  # sees itself alone
+            return self.proj(F.linear(x, self.qkv.weight[2 * width :], self.qkv.bias[2 * width :]))
         q, k, v = self.qkv(x).view(n, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width))
 
@@ -282,8 +295,9 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), gelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition)[:, None].chunk(6, dim=2)
+    def forward(self, x: Tensor, condition: Tensor, of_image: Tensor | None = None) -> Tensor:
+        modulation = _for_images(self.adaLN_modulation(condition), of_image)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=2)
         x = x + gate1 * self.attn(_modulate(self.norm1(x), shift1, scale1))
         return x + gate2 * self.mlp(_modulate(self.norm2(x), shift2, scale2))
 
@@ -297,8 +311,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=2)
+    def forward(self, x: Tensor, condition: Tensor, of_image: Tensor | None = None) -> Tensor:
+        shift, scale = _for_images(self.adaLN_modulation(condition), of_image).chunk(2, dim=2)
         return self.linear(_modulate(self.norm_final(x), shift, scale))
 
 
@@ -325,6 +339,11 @@ def waves(coefficients: Tensor) -> Tensor:
     octaves = 2.0 ** torch.arange(_OCTAVES, device=coefficients.device)
     angles = (coefficients[..., :_LEADING, None] * octaves).flatten(-2)
     return torch.cat([coefficients, angles.sin(), angles.cos()], dim=-1)
+
+
+def _for_images(modulation: Tensor, of_image: Tensor | None) -> Tensor:
+    """Rows (m, width) to those of images (n, 1, width): one for each, or the one that ``of_image`` (n,) says."""
+    return (modulation if of_image is None else F.embedding(of_image, modulation))[:, None]
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

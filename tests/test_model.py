@@ -8,7 +8,7 @@ import torch
 
 from dataset import diffusion_transforms
 from models import flow
-from models.model import SIZES, NanoDiT, equal_light, waves
+from models.model import SIZES, Attention, NanoDiT, equal_light, waves
 
 SMALL = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 4, "num_classes": 3}
 
@@ -194,7 +194,39 @@ def test_noisy_coefficients_come_to_the_network_with_unit_variance_at_every_time
     for time in (0.01, 0.3, 0.9, 1.0):
         t = torch.full((200,), time)
         z = flow.interpolate(x, torch.randn(x.shape), t)
-        torch.testing.assert_close(model.patch_basis.standardize(z, t).std((0, 1)), torch.ones(5), atol=0.12, rtol=0)
+        torch.testing.assert_close((z / model.patch_basis.deviation(t)).std((0, 1)), torch.ones(5), atol=0.12, rtol=0)
+
+
+def one_token_model() -> tuple[NanoDiT, torch.Tensor]:
+    images = basis_model()[1]
+    model = random_model(prediction="image", patch_size=8, patch_basis=5)
+    model.fit_basis(images)
+    return model, images
+
+
+def test_the_mean_is_known_where_whole_images_have_components():
+    model, images = one_token_model()
+    assert model.mean.shape == model.sample_shape == (1, 5)
+    torch.testing.assert_close(model.encode(images).mean(0), model.mean, atol=1e-4, rtol=0)
+    assert basis_model()[0].mean is None
+    assert random_model().mean is None
+
+
+def test_a_lone_token_takes_the_attention_that_any_number_of_tokens_takes():
+    attention = Attention(12, 3)
+    alone = torch.randn(4, 1, 12)
+    several = alone.expand(4, 5, 12)  # each sees five times itself
+    torch.testing.assert_close(attention(alone), attention(several)[:, :1])
+
+
+def test_images_that_share_time_and_class_and_those_that_do_not_get_their_own_velocity():
+    model, _ = one_token_model()
+    z, t, labels = torch.randn(5, 1, 5), torch.tensor([0.9, 0.2, 0.9, 0.2, 0.5]), torch.tensor([0, 1, 0, 2, 3])
+    with torch.inference_mode():
+        alone = torch.cat([model(z[i : i + 1], t[i : i + 1], labels[i : i + 1]) for i in range(5)])
+        torch.testing.assert_close(model(z, t, labels), alone)
+        assert not torch.allclose(model(z, t, labels.flip(0)), alone, atol=1e-3)
+        assert not torch.allclose(model(z, t.flip(0), labels), alone, atol=1e-3)
 
 
 def test_the_first_coefficients_come_with_sines_and_cosines_of_four_octaves():
