@@ -102,10 +102,10 @@ def time_grid(steps: int, name: str = "uniform") -> list[float]:
 
     "uniform"; "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends; "logit", where after the first
     step the signal-to-noise ratio (1 - t) / t grows by the same factor each time (arXiv:2206.00927); or "square", for
-    students: the first step goes to 0.8, as far as noise alone tells the way, and the others follow a square.
+    students: the first step goes to 0.9, as far as noise alone tells the way, and the others follow a square.
     """
     if name == "square":
-        return [1.0, *(0.8 * (i / (steps - 1)) ** 2 for i in range(steps - 1, 0, -1)), 0.0]
+        return [1.0, *(0.9 * (i / (steps - 1)) ** 2 for i in range(steps - 1, 0, -1)), 0.0]
     if name == "logit":
         first, last = map(_log_snr, _LOGIT_ENDS)
         inner = (first + (last - first) * i / max(1, steps - 2) for i in range(steps - 1))
@@ -113,6 +113,11 @@ def time_grid(steps: int, name: str = "uniform") -> list[float]:
     if name == "cosine":
         return [math.sin(math.pi / 2 * i / steps) ** 2 for i in range(steps, -1, -1)]
     return [i / steps for i in range(steps, -1, -1)]
+
+
+def pass_times(sampler: "Sampler", first_is_free: bool) -> list[float]:
+    """The grid of a sampler; where the first step takes no pass, from its end on, with one more step after it."""
+    return time_grid(sampler.steps + first_is_free, sampler.grid)[first_is_free:]
 
 
 def euler(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Tensor:
@@ -139,9 +144,10 @@ def heun(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> T
 
 def multistep(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Tensor:
     """As ``euler``, with the clean image of each step extrapolated from the two last ones, in the logarithm of the
-    signal-to-noise ratio: DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, Algorithm 2).
+    signal-to-noise ratio, and each step taken anew when the clean image at its end is known: UniPC-2 (Zhao et al. 2023,
+    arXiv:2302.04867, Algorithms 1 and 2, B(h) = e^h - 1), of which the predictor is DPM-Solver++(2M).
 
-    One pass a step, and the error falls as 1 / steps^2 where the grid is dense towards 0. The last step is Euler's: it
+    One pass a step, and the error falls as 1 / steps^3 where the grid is dense towards 0. The last step is Euler's: it
     ends in the predicted clean image.
     """
     for end in multistep_path(velocity, z, labels, times):
@@ -151,15 +157,31 @@ def multistep(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float])
 
 def multistep_path(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Iterator[Tensor]:
     """The points at which ``multistep`` arrives, one for each of ``times`` after the first."""
-    before = last_step = None
+    images, steps = [], []  # the two last predicted clean images, and the steps from each to the next
+    straight, share = z, 0.0  # where the last step leads without a slope, and how much of the clean image it takes
     for t, after in pairwise(times):
-        image = ahead = z - t * velocity(z, _times(t, z), labels)
-        step = _log_snr(after) - _log_snr(t)
-        if before is not None and after > 0:
-            ahead = image + step / (2 * last_step) * (image - before)  # by nothing after a step from pure noise
-        z = after / t * z + (1 - after / t) * ahead
-        yield z
-        before, last_step = image, step
+        image = z - t * velocity(z, _times(t, z), labels)
+        if images:
+            if steps[-1] < math.inf:  # from pure noise there is no way to correct by
+                z = straight + share * _correction(image, images, steps)
+            yield z
+        images, steps = [*images[-1:], image], [*steps[-1:], _log_snr(after) - _log_snr(t)]
+        share = 1 - after / t
+        z = straight = after / t * z + share * image
+        if len(images) == 2 and after > 0:  # extrapolates, but not from pure noise, an infinite step away
+            z = straight + share * steps[1] / (2 * steps[0]) * (images[1] - images[0])
+    yield z
+
+
+def _correction(image: Tensor, images: list[Tensor], steps: list[float]) -> Tensor:
+    """What a step should have added to its clean image, the last of ``images``, as that at its end is ``image``."""
+    if len(images) == 1:
+        return (image - images[0]) / 2
+    h, ratio = steps[1], -steps[0] / steps[1]
+    first = -1 / math.expm1(-h) - 1 / h  # with ``second``, the right side of the linear system that its Theorem 3.1 solves
+    second = -1 / math.expm1(-h) - 2 * first / h
+    of_before = (second - first) / (ratio - 1)
+    return of_before / ratio * (images[0] - images[1]) + (first - of_before) * (image - images[1])
 
 
 def _log_snr(t: float) -> float:
@@ -217,6 +239,7 @@ def sample(
     batch_size: int = 128,
     first: int = 0,
     show_progress: bool = True,
+    mean: Tensor | None = None,
 ) -> Tensor:
     """New images, one for each label.
 
@@ -226,18 +249,21 @@ def sample(
         null_label: the label that stands for no class.
         seed: image k of a seed is the same whatever the batch size, the device or the number of images.
         first: number k of the first image.
+        mean: of the training images, (*shape), where it is known: all that can be expected of pure noise, so that the
+            first step takes no pass.
 
     Returns:
         (n, *shape) float32, in the range the network was trained on, not clipped.
     """
     velocity = guided(velocity, null_label, sampler.cfg_scale)
-    solve, times = SOLVERS[sampler.solver], time_grid(sampler.steps, sampler.grid)
+    solve, times = SOLVERS[sampler.solver], pass_times(sampler, mean is not None)
     images = []
     with tqdm(total=len(labels), unit="image", desc="generating", disable=not show_progress, leave=False) as bar:
-        for start in range(0, len(labels), batch_size):
-            batch = labels[start : start + batch_size]
-            noise = noise_images(shape, seed, first + start, len(batch)).to(labels.device)
-            images.append(solve(velocity, noise, batch, times))
+        for done in range(0, len(labels), batch_size):
+            batch = labels[done : done + batch_size]
+            noise = noise_images(shape, seed, first + done, len(batch)).to(labels.device)
+            start = noise if mean is None else interpolate(mean.to(noise), noise, _times(times[0], noise))
+            images.append(solve(velocity, start, batch, times))
             bar.update(len(batch))
     return torch.cat(images)
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_long_steps_have_the_average_velocity_of_the_exact_path():
     """Images N(0.7, 0.3^2): a path goes from noise e to 0.7 + 0.3 e, and is at (1 - t) 0.7 + s(t) e on the way."""
 
     class Exact(torch.nn.Module):
-        pos_embed, num_classes, sample_shape = torch.zeros(1), 3, (1, 2, 2)
+        pos_embed, num_classes, sample_shape, mean = torch.zeros(1), 3, (1, 2, 2), None
 
         def forward(self, z, t, labels):
             t = t.view(-1, 1, 1, 1)
@@ -78,13 +79,27 @@ def test_long_steps_have_the_average_velocity_of_the_exact_path():
     times, stops = distill.teacher_times(flow.time_grid(2, "square"), 200)
     start, average, t, labels = distill.long_steps(Exact(), times, stops, 300, 1)
     noise, middle = start.split(300)
-    assert t.tolist() == pytest.approx([1.0] * 300 + [0.8] * 300)
+    assert t.tolist() == pytest.approx([1.0] * 300 + [0.9] * 300)
     assert torch.bincount(labels).min() > 140
     assert noise.std().item() == pytest.approx(1, abs=0.05)
-    reached = 0.2 * 0.7 + (0.2**2 * 0.3**2 + 0.8**2) ** 0.5 * noise
+    reached = 0.1 * 0.7 + (0.1**2 * 0.3**2 + 0.9**2) ** 0.5 * noise
     torch.testing.assert_close(middle, reached, atol=2e-3, rtol=0)
-    torch.testing.assert_close(noise - 0.2 * average[:300], middle)
-    torch.testing.assert_close(middle - 0.8 * average[300:], 0.7 + 0.3 * noise, atol=5e-3, rtol=0)
+    torch.testing.assert_close(noise - 0.1 * average[:300], middle)
+    torch.testing.assert_close(middle - 0.9 * average[300:], 0.7 + 0.3 * noise, atol=5e-3, rtol=0)
+
+
+def test_long_steps_begin_where_the_first_step_ends(monkeypatch):
+    """Where the teacher needs no pass for it, the student has nothing to learn of it either."""
+    teacher = SimpleNamespace(
+        pos_embed=torch.zeros(1), num_classes=3, sample_shape=(1, 5), mean=torch.full((1, 5), 900.0)
+    )
+    monkeypatch.setattr(flow, "guided", lambda *_: lambda z, t, labels: torch.zeros_like(z))
+    grid = flow.pass_times(flow.Sampler(2, 1.0, "euler", "square"), True)
+    times, stops = distill.teacher_times(grid, 4)
+    start, average, t, _ = distill.long_steps(teacher, times, stops, 300, 1)
+    assert t.tolist() == pytest.approx([grid[0]] * 300 + [grid[1]] * 300)
+    assert start[:300].mean().item() == pytest.approx(90, abs=0.2)
+    assert average.abs().max() < 1e-3
 
 
 def test_noise_is_new_in_every_epoch_and_the_same_in_every_run(checkpoint):

@@ -94,7 +94,7 @@ def gaussian_velocity(mean: float, std: float):
     ("solver", "order", "grid"),
     [
         *(("euler", 1, "uniform"), ("euler", 1, "cosine"), ("heun", 2, "uniform"), ("heun", 2, "cosine")),
-        ("multistep", 2, "cosine"),  # its steps are in the logarithm of the noise, which "uniform" does not refine at 0
+        ("multistep", 3, "cosine"),  # its steps are in the logarithm of the noise, which "uniform" does not refine at 0
     ],
 )
 def test_a_solver_follows_the_exact_solution_with_the_error_of_its_order(solver, order, grid):
@@ -111,31 +111,55 @@ def test_a_solver_follows_the_exact_solution_with_the_error_of_its_order(solver,
     assert errors[-1] < 0.01
 
 
-def test_the_multistep_solver_is_that_of_dpm_solver_plus_plus():
-    """Algorithm 2 of arXiv:2211.01095 in its own symbols, from a time after the first on."""
+def test_the_multistep_solver_is_unipc():
+    """Algorithms 1 and 2 of arXiv:2302.04867 for order 2 and data prediction, its linear systems solved as such."""
     velocity, times = gaussian_velocity(mean=0.7, std=0.3), [0.9, 0.6, 0.35, 0.1]
     start = torch.randn(50, 1, 2, 2, dtype=torch.float64)
     alpha, sigma = 1 - np.array(times), np.array(times)
-    h = np.diff(np.log(alpha / sigma))
+    lam = np.log(alpha / sigma)
 
     def clean(i, x):
         return x - sigma[i] * velocity(x, torch.full((50,), times[i], dtype=torch.float64), None)
 
-    x, buffer = start, []
-    for i in range(3):
-        buffer.append(clean(i, x))
-        r = h[i - 1] / h[i]
-        d = (1 + 1 / (2 * r)) * buffer[-1] - 1 / (2 * r) * buffer[-2] if i else buffer[-1]
-        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * math.expm1(-h[i]) * d
-    torch.testing.assert_close(flow.multistep(velocity, start, torch.zeros(50), times), x)
+    def step(i, x, buffer, nodes):
+        """From time i - 1 to i with the clean images at ``nodes`` beside that at i - 1."""
+        h = lam[i] - lam[i - 1]
+        b_h = math.expm1(-h)
+        ratios = np.array([(lam[node] - lam[i - 1]) / h for node in nodes])
+        phi = [b_h / -h - 1]  # h phi_2, h^2 phi_3 of -h
+        phi.append(phi[0] / -h - 1 / 2)
+        system = np.vander(ratios, increasing=True).T
+        of_nodes = np.linalg.solve(system, [math.factorial(k + 1) * phi[k] / b_h for k in range(len(nodes))])
+        if len(nodes) == 1:
+            of_nodes = [0.5]  # as the paper takes it for order 2
+        differences = [(buffer[node] - buffer[i - 1]) / r for node, r in zip(nodes, ratios, strict=True)]
+        added = sum(rho * d for rho, d in zip(of_nodes, differences, strict=True))
+        return sigma[i] / sigma[i - 1] * x - alpha[i] * b_h * (buffer[i - 1] + added)
+
+    x, buffer = start, {0: clean(0, start)}
+    for i in range(1, 4):
+        predicted = step(i, x, buffer, [i - 2] if i > 1 else [])
+        if i == 3:  # its end is not looked at
+            break
+        buffer[i] = clean(i, predicted)
+        x = step(i, x, buffer, [i - 2, i] if i > 1 else [i])
+    torch.testing.assert_close(flow.multistep(velocity, start, torch.zeros(50), times), predicted)
 
 
 def test_the_multistep_solver_takes_no_slope_from_pure_noise():
-    """There the logarithm of the signal-to-noise ratio has no bound: the second step is Euler's like the first."""
-    velocity = gaussian_velocity(mean=0.7, std=0.3)
+    """There the logarithm of the signal-to-noise ratio has no bound: neither is the first step taken anew, nor does the
+    second extrapolate."""
+    exact, seen = gaussian_velocity(mean=0.7, std=0.3), []
+
+    def velocity(z, t, labels):
+        seen.append(z)
+        return exact(z, t, labels)
+
     noise, labels = torch.randn(50, 1, 2, 2, dtype=torch.float64), torch.zeros(50)
-    second = list(flow.multistep_path(velocity, noise, labels, [1.0, 0.6, 0.3, 0.1, 0.0]))[1]
-    torch.testing.assert_close(second, flow.euler(velocity, noise, labels, [1.0, 0.6, 0.3]))
+    path = list(flow.multistep_path(velocity, noise, labels, [1.0, 0.6, 0.3, 0.1, 0.0]))
+    torch.testing.assert_close(path[0], flow.euler(exact, noise, labels, [1.0, 0.6]))
+    torch.testing.assert_close(seen[2], flow.euler(exact, noise, labels, [1.0, 0.6, 0.3]))
+    assert not torch.allclose(path[1], seen[2], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -168,8 +192,8 @@ def test_grids_run_from_1_to_0():
     assert flow.time_grid(4) == [1, 0.75, 0.5, 0.25, 0]
     half = math.sqrt(0.5) / 2
     assert flow.time_grid(4, "cosine") == pytest.approx([1, 0.5 + half, 0.5, 0.5 - half, 0])
-    assert flow.time_grid(4, "square") == pytest.approx([1, 0.8, 0.8 * 4 / 9, 0.8 / 9, 0])
-    assert flow.time_grid(2, "square") == [1, 0.8, 0]
+    assert flow.time_grid(4, "square") == pytest.approx([1, 0.9, 0.9 * 4 / 9, 0.9 / 9, 0])
+    assert flow.time_grid(2, "square") == [1, 0.9, 0]
     times = flow.time_grid(8, "logit")
     assert [times[0], times[1], times[-2], times[-1]] == pytest.approx([1, 0.9, 0.03, 0])
     ratios = [(1 - t) / t for t in times[1:-1]]  # signal to noise
@@ -246,6 +270,22 @@ def test_guided_sampling_of_a_known_field():
     noise = flow.noise_images((1, 2, 2), 4, 0, 2)
     moved = torch.tensor([3 + 2 * (1 - 3), 3 + 2 * (2 - 3)]).view(2, 1, 1, 1)
     torch.testing.assert_close(images, noise - moved)
+
+
+def test_a_known_mean_spares_the_first_pass():
+    """It is where the first step would go to, and the grid has as many passes as before."""
+    seen = []
+
+    def velocity(z, t, labels):
+        seen.append((t[0].item(), z.mean().item()))
+        return torch.zeros_like(z)
+
+    sampler = flow.Sampler(3, 1.0, "euler", "uniform")
+    flow.sample(velocity, torch.tensor([0]), (1, 2, 2), 3, sampler, mean=torch.full((1, 2, 2), 8.0))
+    start = 0.75 * flow.noise_images((1, 2, 2), 0, 0, 1).mean().item() + 0.25 * 8
+    assert seen == [(t, pytest.approx(start)) for t in (0.75, 0.5, 0.25)]
+    assert flow.pass_times(sampler, True) == [0.75, 0.5, 0.25, 0]
+    assert flow.pass_times(sampler, False) == flow.time_grid(3)
 
 
 def test_image_k_is_the_same_whatever_the_batch_size_and_the_number_of_images():

@@ -69,7 +69,8 @@ def main() -> None:
     student.requires_grad_().sampler = flow.Sampler(NUM_ODE_STEPS, 1.0, "euler", _GRID)
     for fixed in (student.pos_embed, *(student.patch_basis.parameters() if student.patch_basis else ())):
         fixed.requires_grad_(False)
-    times, stops = teacher_times(flow.time_grid(NUM_ODE_STEPS, _GRID), TEACHER_STEPS)
+    student_times = flow.pass_times(student.sampler, student.mean is not None)
+    times, stops = teacher_times(student_times, TEACHER_STEPS)
     print(f"{TEACHER_STEPS} passes of {CHECKPOINT_PATH} become {NUM_ODE_STEPS}, on {device.type}")
 
     ema = EMA(student, beta=EMA_BETA, update_every=1, update_after_step=0, include_online_model=False)
@@ -147,7 +148,7 @@ def teacher_times(grid: list[float], steps: int) -> tuple[list[float], list[int]
     each, too_many = divmod(steps, len(grid) - 1)
     if each < 2 or too_many:
         raise settings.InputError(f"--teacher_steps {steps} must be twice --num_ode_steps, or three times, or ...")
-    times = [1.0]
+    times = grid[:1]
     for t, after in pairwise(grid):
         parts = each if after else each - 1
         first, last = math.sqrt(t), math.sqrt(after or min(_LAST_TIME, t / 2))
@@ -173,6 +174,8 @@ def long_steps(
     for part in torch.arange(count).split(_PART):
         labels = torch.randint(teacher.num_classes, (len(part),), generator=random, device=device)
         z = torch.randn(len(part), *teacher.sample_shape, generator=random, device=device)
+        if teacher.mean is not None:
+            z = flow.interpolate(teacher.mean, z, torch.full((len(part),), times[0], device=device))
         path = [z, *flow.multistep_path(velocity, z, labels, times)]
         for first, last in pairwise(stops):
             starts.append(path[first])
