@@ -178,7 +178,7 @@ def _correction(image: Tensor, images: list[Tensor], steps: list[float]) -> Tens
     if len(images) == 1:
         return (image - images[0]) / 2
     h, ratio = steps[1], -steps[0] / steps[1]
-    first = -1 / math.expm1(-h) - 1 / h  # with ``second``, the right side of the linear system that its Theorem 3.1 solves
+    first = -1 / math.expm1(-h) - 1 / h  # and ``second``: the right side of UniC's linear system
     second = -1 / math.expm1(-h) - 2 * first / h
     of_before = (second - first) / (ratio - 1)
     return of_before / ratio * (images[0] - images[1]) + (first - of_before) * (image - images[1])
