@@ -262,8 +262,9 @@ def sample(
         for done in range(0, len(labels), batch_size):
             batch = labels[done : done + batch_size]
             noise = noise_images(shape, seed, first + done, len(batch)).to(labels.device)
-            start = noise if mean is None else interpolate(mean.to(noise), noise, _times(times[0], noise))
-            images.append(solve(velocity, start, batch, times))
+            if mean is not None:
+                noise = interpolate(mean.to(noise).expand_as(noise), noise, _times(times[0], noise))
+            images.append(solve(velocity, noise, batch, times))
             bar.update(len(batch))
     return torch.cat(images)
 

@@ -175,7 +175,7 @@ def long_steps(
         labels = torch.randint(teacher.num_classes, (len(part),), generator=random, device=device)
         z = torch.randn(len(part), *teacher.sample_shape, generator=random, device=device)
         if teacher.mean is not None:
-            z = flow.interpolate(teacher.mean, z, torch.full((len(part),), times[0], device=device))
+            z = flow.interpolate(teacher.mean.expand_as(z), z, torch.full((len(part),), times[0], device=device))
         path = [z, *flow.multistep_path(velocity, z, labels, times)]
         for first, last in pairwise(stops):
             starts.append(path[first])
