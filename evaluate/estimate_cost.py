@@ -45,8 +45,8 @@ def main() -> None:
     sampler = flow.Sampler(NUM_ODE_STEPS, CFG_SCALE)
 
     def generate() -> None:
-        args = (labels, model.sample_shape, len(CLASSES), sampler, 0, BATCH_SIZE, 0, False, model.mean)
-        flow.sample(model, *args).cpu()
+        shape = model.sample_shape
+        flow.sample(model, labels, shape, len(CLASSES), sampler, 0, BATCH_SIZE, 0, False, model.mean).cpu()
 
     images = np.zeros((4096, 64, 64), np.float32)
     held, order = torch.from_numpy(images), torch.randperm(4096)[:BATCH_SIZE]

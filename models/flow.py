@@ -120,6 +120,11 @@ def pass_times(sampler: "Sampler", first_is_free: bool) -> list[float]:
     return time_grid(sampler.steps + first_is_free, sampler.grid)[first_is_free:]
 
 
+def start(noise: Tensor, mean: Tensor | None, t: float) -> Tensor:
+    """Noise (n, ...) at the first of ``pass_times``, t: as it is, or moved to the mean as far as that time."""
+    return noise if mean is None else interpolate(mean.to(noise).expand_as(noise), noise, _times(t, noise))
+
+
 def euler(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Tensor:
     """Integrates dz/dt = velocity along ``times``, from 1 to 0; one pass a step, and the error falls as 1 / steps."""
     for t, after in pairwise(times):
@@ -262,9 +267,7 @@ def sample(
         for done in range(0, len(labels), batch_size):
             batch = labels[done : done + batch_size]
             noise = noise_images(shape, seed, first + done, len(batch)).to(labels.device)
-            if mean is not None:
-                noise = interpolate(mean.to(noise).expand_as(noise), noise, _times(times[0], noise))
-            images.append(solve(velocity, noise, batch, times))
+            images.append(solve(velocity, start(noise, mean, times[0]), batch, times))
             bar.update(len(batch))
     return torch.cat(images)
 

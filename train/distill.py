@@ -173,9 +173,8 @@ def long_steps(
     bar = tqdm(total=count, desc="paths of the teacher", unit="path", leave=False)
     for part in torch.arange(count).split(_PART):
         labels = torch.randint(teacher.num_classes, (len(part),), generator=random, device=device)
-        z = torch.randn(len(part), *teacher.sample_shape, generator=random, device=device)
-        if teacher.mean is not None:
-            z = flow.interpolate(teacher.mean.expand_as(z), z, torch.full((len(part),), times[0], device=device))
+        noise = torch.randn(len(part), *teacher.sample_shape, generator=random, device=device)
+        z = flow.start(noise, teacher.mean, times[0])
         path = [z, *flow.multistep_path(velocity, z, labels, times)]
         for first, last in pairwise(stops):
             starts.append(path[first])
