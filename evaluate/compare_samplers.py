@@ -85,9 +85,9 @@ def with_guidance(
     """Images of the multistep solver with guidance at times in an interval, and how many passes each takes."""
     sampler = flow.Sampler(steps, 1.0, "multistep", "logit")
     velocity = flow.guided(model, model.num_classes, scale, interval)
-    shape, mean = model.sample_shape, model.mean
-    images = flow.sample(velocity, labels, shape, model.num_classes, sampler, SEED, mean=mean)
-    times = flow.pass_times(sampler, mean is not None)[:-1]
+    shape, spread = model.sample_shape, model.spread
+    images = flow.sample(velocity, labels, shape, model.num_classes, sampler, SEED, spread=spread)
+    times = flow.pass_times(sampler, spread is not None)[:-1]
     doubled = sum(interval[0] <= t <= interval[1] for t in times)
     return flow.to_unit_range(model.decode(images)).cpu(), steps + doubled
 

@@ -46,7 +46,7 @@ def main() -> None:
 
     def generate() -> None:
         shape = model.sample_shape
-        flow.sample(model, labels, shape, len(CLASSES), sampler, 0, BATCH_SIZE, 0, False, model.mean).cpu()
+        flow.sample(model, labels, shape, len(CLASSES), sampler, 0, BATCH_SIZE, 0, False, model.spread).cpu()
 
     images = np.zeros((4096, 64, 64), np.float32)
     held, order = torch.from_numpy(images), torch.randperm(4096)[:BATCH_SIZE]

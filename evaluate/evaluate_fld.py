@@ -178,7 +178,7 @@ def generate(
         seed,
         batch_size,
         first,
-        mean=model.mean,
+        spread=model.spread,
     )
     return flow.to_unit_range(model.decode(samples)).cpu()
 

@@ -120,9 +120,18 @@ def pass_times(sampler: "Sampler", first_is_free: bool) -> list[float]:
     return time_grid(sampler.steps + first_is_free, sampler.grid)[first_is_free:]
 
 
-def start(noise: Tensor, mean: Tensor | None, t: float) -> Tensor:
-    """Noise (n, ...) at the first of ``pass_times``, t: as it is, or moved to the mean as far as that time."""
-    return noise if mean is None else interpolate(mean.to(noise).expand_as(noise), noise, _times(t, noise))
+def deviation(spread: Tensor, t: Tensor) -> Tensor:
+    """Standard deviation of z_t at times t (n,), where that of the images is ``spread`` (...): (n, ...)."""
+    t = t.view(-1, *[1] * spread.dim())
+    return (((1 - t) * spread).square() + t.square()).sqrt()
+
+
+def start(noise: Tensor, spread: Tensor | None, t: float) -> Tensor:
+    """Noise (n, ...) at the first of ``pass_times``, t: as it is, or where the flow of Gaussian images takes it.
+
+    As long as noise hides the images, only their mean, 0, and their spread count (arXiv:2412.09726).
+    """
+    return noise if spread is None else noise * deviation(spread, _times(t, noise))
 
 
 def euler(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Tensor:
@@ -244,7 +253,7 @@ def sample(
     batch_size: int = 128,
     first: int = 0,
     show_progress: bool = True,
-    mean: Tensor | None = None,
+    spread: Tensor | None = None,
 ) -> Tensor:
     """New images, one for each label.
 
@@ -254,20 +263,20 @@ def sample(
         null_label: the label that stands for no class.
         seed: image k of a seed is the same whatever the batch size, the device or the number of images.
         first: number k of the first image.
-        mean: of the training images, (*shape), where it is known: all that can be expected of pure noise, so that the
-            first step takes no pass.
+        spread: standard deviation of the training images around 0, (*shape), where it is known: the first step is that
+            of a Gaussian and takes no pass.
 
     Returns:
         (n, *shape) float32, in the range the network was trained on, not clipped.
     """
     velocity = guided(velocity, null_label, sampler.cfg_scale)
-    solve, times = SOLVERS[sampler.solver], pass_times(sampler, mean is not None)
+    solve, times = SOLVERS[sampler.solver], pass_times(sampler, spread is not None)
     images = []
     with tqdm(total=len(labels), unit="image", desc="generating", disable=not show_progress, leave=False) as bar:
         for done in range(0, len(labels), batch_size):
             batch = labels[done : done + batch_size]
             noise = noise_images(shape, seed, first + done, len(batch)).to(labels.device)
-            images.append(solve(velocity, start(noise, mean, times[0]), batch, times))
+            images.append(solve(velocity, start(noise, spread, times[0]), batch, times))
             bar.update(len(batch))
     return torch.cat(images)
 

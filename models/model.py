@@ -99,7 +99,7 @@ class NanoDiT(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """z (n, *sample_shape), t (n,) in [0, 1], labels (n,) in 0..num_classes -> velocity (n, *sample_shape)."""
-        seen = z if self.patch_basis is None else waves(z / self.patch_basis.deviation(t))
+        seen = z if self.patch_basis is None else waves(z / flow.deviation(self.patch_basis.spread[None], t))
         tokens = self.x_embedder(seen) + self.pos_embed
         of_image = None
         if self.num_tokens == 1:  # its condition would cost as much as the token: once for all images that share it
@@ -114,10 +114,10 @@ class NanoDiT(nn.Module):
         return flow.velocity_from_image(out.float(), z, t) if self.prediction == "image" else out
 
     @property
-    def mean(self) -> Tensor | None:
-        """Of what the flow is of, (*sample_shape), where it is known: principal components of whole images have 0."""
-        whole = self.patch_basis is not None and self.num_tokens == 1
-        return self.pos_embed.new_zeros(self.sample_shape) if whole else None
+    def spread(self) -> Tensor | None:
+        """Standard deviation of what the flow is of, (*sample_shape), where it is known and the mean is 0: of principal
+        components of whole images."""
+        return self.patch_basis.spread[None] if self.patch_basis is not None and self.num_tokens == 1 else None
 
     def fit_basis(self, images: Tensor) -> None:
         """Sets the patch basis, if there is one, to the principal components of training images (n, c, h, w)."""
@@ -220,11 +220,6 @@ class PatchBasis(nn.Module):
     def weigh(self, errors: Tensor) -> Tensor:
         """Errors of coefficients in units of their spread, or of ``_FAINTEST`` of the largest one if that is more."""
         return errors / (self.spread.square() + (_FAINTEST * self.spread[0]).square()).sqrt()
-
-    def deviation(self, t: Tensor) -> Tensor:
-        """Standard deviations (n, 1, size) of noisy coefficients at times t (n,)."""
-        t = t[:, None, None]
-        return (((1 - t) * self.spread).square() + t.square()).sqrt()
 
 
 class TimestepEmbedder(nn.Module):

@@ -69,7 +69,7 @@ def test_long_steps_have_the_average_velocity_of_the_exact_path():
     """Images N(0.7, 0.3^2): a path goes from noise e to 0.7 + 0.3 e, and is at (1 - t) 0.7 + s(t) e on the way."""
 
     class Exact(torch.nn.Module):
-        pos_embed, num_classes, sample_shape, mean = torch.zeros(1), 3, (1, 2, 2), None
+        pos_embed, num_classes, sample_shape, spread = torch.zeros(1), 3, (1, 2, 2), None
 
         def forward(self, z, t, labels):
             t = t.view(-1, 1, 1, 1)
@@ -91,7 +91,7 @@ def test_long_steps_have_the_average_velocity_of_the_exact_path():
 def test_long_steps_begin_where_the_first_step_ends(monkeypatch):
     """Where the teacher needs no pass for it, the student has nothing to learn of it either."""
     teacher = SimpleNamespace(
-        pos_embed=torch.zeros(1), num_classes=3, sample_shape=(1, 5), mean=torch.full((1, 5), 900.0)
+        pos_embed=torch.zeros(1), num_classes=3, sample_shape=(1, 5), spread=torch.full((1, 5), 900.0)
     )
     monkeypatch.setattr(flow, "guided", lambda *_: lambda z, t, labels: torch.zeros_like(z))
     grid = flow.pass_times(flow.Sampler(2, 1.0, "euler", "square"), True)
@@ -99,7 +99,7 @@ def test_long_steps_begin_where_the_first_step_ends(monkeypatch):
     start, average, t, _ = distill.long_steps(teacher, times, stops, 300, 1)
     assert t.tolist() == pytest.approx([grid[0]] * 300 + [grid[1]] * 300)
     assert start.shape == (600, 1, 5)
-    assert start[:300].mean().item() == pytest.approx(90, abs=0.2)
+    assert start[:300].std().item() == pytest.approx(90, rel=0.05)
     assert average.abs().max() < 1e-3
 
 

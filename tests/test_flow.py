@@ -272,8 +272,8 @@ def test_guided_sampling_of_a_known_field():
     torch.testing.assert_close(images, noise - moved)
 
 
-def test_a_known_mean_spares_the_first_pass():
-    """It is where the first step would go to, and the grid has as many passes as before."""
+def test_a_known_spread_spares_the_first_pass():
+    """It is where exact velocities of Gaussians lead to, and the grid has as many passes as before."""
     seen = []
 
     def velocity(z, t, labels):
@@ -281,9 +281,11 @@ def test_a_known_mean_spares_the_first_pass():
         return torch.zeros_like(z)
 
     sampler = flow.Sampler(3, 1.0, "euler", "uniform")
-    mean = torch.arange(4.0).view(1, 2, 2)
-    images = flow.sample(velocity, torch.tensor([0, 1, 2]), (1, 2, 2), 3, sampler, mean=mean)
-    torch.testing.assert_close(images, 0.75 * flow.noise_images((1, 2, 2), 0, 0, 3) + 0.25 * mean)
+    spread = torch.tensor([0.01, 0.5, 1.0, 3.0]).view(1, 2, 2)
+    images = flow.sample(velocity, torch.tensor([0, 1, 2]), (1, 2, 2), 3, sampler, spread=spread)
+    noise, fine = flow.noise_images((1, 2, 2), 0, 0, 3), [1 - i / 400 for i in range(101)]
+    exact = flow.heun(gaussian_velocity(0.0, spread), noise, torch.zeros(3), fine)
+    torch.testing.assert_close(images, exact, rtol=1e-4, atol=1e-4)
     assert seen == [0.75, 0.5, 0.25]
     assert flow.pass_times(sampler, True) == [0.75, 0.5, 0.25, 0]
     assert flow.pass_times(sampler, False) == flow.time_grid(3)

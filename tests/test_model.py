@@ -194,7 +194,8 @@ def test_noisy_coefficients_come_to_the_network_with_unit_variance_at_every_time
     for time in (0.01, 0.3, 0.9, 1.0):
         t = torch.full((200,), time)
         z = flow.interpolate(x, torch.randn(x.shape), t)
-        torch.testing.assert_close((z / model.patch_basis.deviation(t)).std((0, 1)), torch.ones(5), atol=0.12, rtol=0)
+        seen = z / flow.deviation(model.patch_basis.spread[None], t)
+        torch.testing.assert_close(seen.std((0, 1)), torch.ones(5), atol=0.12, rtol=0)
 
 
 def one_token_model() -> tuple[NanoDiT, torch.Tensor]:
@@ -204,12 +205,14 @@ def one_token_model() -> tuple[NanoDiT, torch.Tensor]:
     return model, images
 
 
-def test_the_mean_is_known_where_whole_images_have_components():
+def test_the_spread_is_known_where_whole_images_have_components():
     model, images = one_token_model()
-    assert model.mean.shape == model.sample_shape == (1, 5)
-    torch.testing.assert_close(model.encode(images).mean(0), model.mean, atol=1e-4, rtol=0)
-    assert basis_model()[0].mean is None
-    assert random_model().mean is None
+    assert model.spread.shape == model.sample_shape == (1, 5)
+    coefficients = model.encode(images)
+    torch.testing.assert_close(coefficients.mean(0), torch.zeros(1, 5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(coefficients.std(0), model.spread)
+    assert basis_model()[0].spread is None
+    assert random_model().spread is None
 
 
 def test_a_lone_token_takes_the_attention_that_any_number_of_tokens_takes():

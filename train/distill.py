@@ -69,7 +69,7 @@ def main() -> None:
     student.requires_grad_().sampler = flow.Sampler(NUM_ODE_STEPS, 1.0, "euler", _GRID)
     for fixed in (student.pos_embed, *(student.patch_basis.parameters() if student.patch_basis else ())):
         fixed.requires_grad_(False)
-    student_times = flow.pass_times(student.sampler, student.mean is not None)
+    student_times = flow.pass_times(student.sampler, student.spread is not None)
     times, stops = teacher_times(student_times, TEACHER_STEPS)
     print(f"{TEACHER_STEPS} passes of {CHECKPOINT_PATH} become {NUM_ODE_STEPS}, on {device.type}")
 
@@ -174,7 +174,7 @@ def long_steps(
     for part in torch.arange(count).split(_PART):
         labels = torch.randint(teacher.num_classes, (len(part),), generator=random, device=device)
         noise = torch.randn(len(part), *teacher.sample_shape, generator=random, device=device)
-        z = flow.start(noise, teacher.mean, times[0])
+        z = flow.start(noise, teacher.spread, times[0])
         path = [z, *flow.multistep_path(velocity, z, labels, times)]
         for first, last in pairwise(stops):
             starts.append(path[first])
