@@ -3,10 +3,13 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from conftest import run_script
 
 from evaluate import benchmark
+from models import flow
+from models.model import NanoDiT
 
 
 def test_operations_are_those_of_the_products():
@@ -14,6 +17,16 @@ def test_operations_are_those_of_the_products():
     assert benchmark.operations(lambda: (a @ b).relu()) == 2 * 3 * 5 * 7
     network = torch.nn.Linear(10, 20)
     assert benchmark.operations(lambda: network(torch.randn(4, 10))) == 2 * 4 * 10 * 20
+
+
+def test_images_are_decoded_once_whatever_the_number_of_passes():
+    model = NanoDiT(8, 8, hidden_size=32, depth=1, num_heads=2, prediction="image", patch_basis=5)
+    model.fit_basis(torch.randn(20, 1, 8, 8))
+    sampler = flow.Sampler(7, 1.0, "multistep", "logit")
+    counted = benchmark.operations(lambda: benchmark.draw(model, 6, sampler)) / 6
+    assert benchmark.operations_of_image(model, 6, sampler) == pytest.approx(counted, rel=1e-9)
+    a_pass = benchmark.operations_of_image(model, 6, flow.Sampler(8, 1.0, "multistep", "logit")) - counted
+    assert counted - 7 * a_pass == pytest.approx(2 * 5 * 8 * 8)
 
 
 def test_the_benchmark_writes_its_tables(lens_data, checkpoint, classifier, tmp_path, monkeypatch, capsys):
@@ -33,7 +46,7 @@ def test_the_benchmark_writes_its_tables(lens_data, checkpoint, classifier, tmp_
         assert 1e-7 < contender["seconds"] < 60
     one_pass = contenders["NanoDiT, 1 pass"]["operations"]
     assert one_pass > 2 * 66_016  # as many multiplications and additions as weights, for each of the tokens
-    assert contenders["NanoDiT, 8 passes"]["operations"] == 8 * one_pass
+    assert contenders["NanoDiT, 8 passes"]["operations"] == 8 * one_pass  # pixels need no decoding
     assert found["quality"]["8"]["overall"] > 0
     assert np.isfinite(found["matmul_rate"])
     assert 1e6 < found["memory"]["512"] < 4e9
