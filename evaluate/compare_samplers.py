@@ -38,7 +38,7 @@ IMAGES_PER_CLASS = 1000  # In a distance; as many as half of the test images of 
 SEED = 0  # Of the noise
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
-_STEPS = (2, 4, 8, 16, 32)
+_STEPS = (1, 2, 4, 8, 16, 32)
 _GUIDANCE_STEPS = (8, 16)
 _GUIDANCE = ((1.5, (0.0, 1.0)), (1.5, (0.2, 0.8)), (3.0, (0.0, 1.0)), (3.0, (0.2, 0.8)))  # scale, interval of times
 
