@@ -155,9 +155,9 @@ def generate_image(
 
 
 def sampler_of(model: NanoDiT, ode_steps: int | None, cfg_scale: float | None) -> flow.Sampler:
-    """The sampler of a network, with other steps or another guidance scale where they are given."""
-    given = {"steps": ode_steps, "cfg_scale": cfg_scale}
-    return replace(model.sampler, **{name: value for name, value in given.items() if value is not None})
+    """The sampler of a network, with another guidance scale, or so many steps and no more, where they are given."""
+    sampler = model.sampler if cfg_scale is None else replace(model.sampler, cfg_scale=cfg_scale)
+    return sampler if ode_steps is None else replace(sampler, steps=ode_steps, tolerance=None)
 
 
 def generate(

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +57,16 @@ def test_images_are_made_as_their_checkpoint_says_unless_told_otherwise(model, c
     content = load_checkpoint(checkpoint) | {"sampler": asdict(flow.Sampler(4, 1, "multistep", "cosine"))}
     save_checkpoint(tmp_path / "few.pt", **content)
     few = load_model(tmp_path / "few.pt", "cpu")
-    noise, times = flow.noise_images(few.sample_shape, 0, 0, 2), flow.time_grid(4, "cosine")
+    noise = flow.noise_images(few.sample_shape, 0, 0, 2)
     with torch.inference_mode():
-        expected = flow.to_unit_range(flow.multistep(few, noise, torch.tensor([1, 1]), times))
+        expected, finer = (
+            flow.to_unit_range(flow.multistep(few, noise, torch.tensor([1, 1]), flow.time_grid(steps, "cosine")))
+            for steps in (4, 8)
+        )
     torch.testing.assert_close(generate_image(few, 1, num_samples=2), expected)
+    few.sampler = replace(few.sampler, tolerance=0.0)
+    torch.testing.assert_close(generate_image(few, 1, num_samples=2), finer)
+    torch.testing.assert_close(generate_image(few, 1, ode_steps=4, num_samples=2), expected)  # so many and no more
     other = [generate_image(few, 1, **given, num_samples=2) for given in ({"ode_steps": 3}, {"cfg_scale": 2.0})]
     assert all((image - expected).abs().max() > 1e-3 for image in other)
     del content["sampler"]  # the published checkpoints have none

@@ -203,7 +203,7 @@ def test_grids_run_from_1_to_0():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"steps": 2.5}, {"cfg_scale": math.inf}, {"solver": "?"}, {"grid": ""}]
+    "wrong", [{"steps": 0}, {"steps": 2.5}, {"cfg_scale": math.inf}, {"solver": "?"}, {"grid": ""}, {"tolerance": -0.1}]
 )
 def test_a_sampler_that_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError, match="no such sampler"):
@@ -289,6 +289,34 @@ def test_a_known_spread_spares_the_first_pass():
     assert seen == [0.75, 0.5, 0.25]
     assert flow.pass_times(sampler, True) == [0.75, 0.5, 0.25, 0]
     assert flow.pass_times(sampler, False) == flow.time_grid(3)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_images_that_the_last_step_changes_are_made_again_in_twice_as_many(batch_size):
+    """Class 1 grows until the end, class 0 does not; image and noise of each stay where they are."""
+    taken = []
+
+    def velocity(z, t, labels):
+        taken.append(labels.tolist())
+        image = (2 - t * labels).view(-1, 1, 1, 1).expand_as(z) + 0.1 * z
+        return flow.velocity_from_image(image, z, t)
+
+    labels = torch.tensor([0, 1, 0, 0, 1])
+    few, many = (
+        flow.sample(velocity, labels, (1, 2, 2), 3, flow.Sampler(steps, 1.0, "multistep"), batch_size=5)
+        for steps in (4, 8)
+    )
+    assert (few - many).abs().amax((1, 2, 3)).min() > 1e-4
+    taken.clear()
+    careful = flow.Sampler(4, 1.0, "multistep", tolerance=0.1)
+    images = flow.sample(velocity, labels, (1, 2, 2), 3, careful, batch_size=batch_size)
+    torch.testing.assert_close(images[[0, 2, 3]], few[[0, 2, 3]])
+    torch.testing.assert_close(images[[1, 4]], many[[1, 4]])
+    assert taken[-8:] == [[1, 1]] * 8
+    assert len(taken) == 4 * -(-5 // batch_size) + 8
+    sure = flow.Sampler(1, 1.0, "multistep", tolerance=0.0)  # one pass: nothing to compare it with
+    flow.sample(velocity, labels, (1, 2, 2), 3, sure)
+    assert len(taken) == 4 * -(-5 // batch_size) + 8 + 1
 
 
 def test_image_k_is_the_same_whatever_the_batch_size_and_the_number_of_images():

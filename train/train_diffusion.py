@@ -67,6 +67,7 @@ CFG_SCALE = 5.0  # Guidance scale of the samples, here and wherever the checkpoi
 NUM_ODE_STEPS = 50  # From noise to image, likewise
 SOLVER: Literal[(*flow.SOLVERS,)] = "euler"  # Likewise; "multistep" needs fewer steps, and "heun", of two passes each
 TIME_GRID: Literal[flow.TIME_GRIDS] = "uniform"  # Of the steps; "logit" for SOLVER = "multistep"
+TOLERANCE: float | None = None  # 0.03: images that change by over 3% with the last step are made in twice the steps
 NUM_SAMPLES_PER_CLASS = 4  # Samples of each class in a grid
 SAMPLE_INTERVAL = 10  # Epochs between sample grids
 CHECKPOINT_SAVE_INTERVAL = 10  # Epochs between checkpoints
@@ -113,7 +114,7 @@ def main() -> None:
         if content.get("model_config") != model.config:
             raise InputError(f"{START_PATH} is of another network")
         load_weights(model, generator_weights(content), START_PATH)
-    model.sampler = flow.Sampler(NUM_ODE_STEPS, CFG_SCALE, SOLVER, TIME_GRID)
+    model.sampler = flow.Sampler(NUM_ODE_STEPS, CFG_SCALE, SOLVER, TIME_GRID, TOLERANCE)
     model.to(device)
     print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters")
     if distributed.is_main():
