@@ -82,7 +82,7 @@ def main() -> None:
         found[name] |= {"operations": operations_of_image(*drawn)}
     growth = {
         "images at once": {n: cost(model, n, model.sampler) for n in _BATCHES},
-        "pixels": {n: cost(of_pixels(model, n), BATCH_SIZE, model.sampler) for n in _PIXELS},
+        "pixels": {n: cost(of_pixels(model, n), BATCH_SIZE, replace(model.sampler, tolerance=None)) for n in _PIXELS},
         "steps": {n: found[_named(n)]["seconds"] for n in _PASSES},
     }
     memory = peak_memory() if device.type == "cpu" else {}
