@@ -287,9 +287,12 @@ def sample(
             predicted.append((z - _per_image(t, z) * slope).flatten(1))
             return slope
 
-        made = SOLVERS[sampler.solver](watched, start(noise, spread, times[0]), labels[numbers], times)
+        used = velocity if sampler.tolerance is None else watched
+        made = SOLVERS[sampler.solver](used, start(noise, spread, times[0]), labels[numbers], times)
+        if sampler.tolerance is None:
+            return made, torch.zeros(len(numbers), dtype=torch.bool)
         change = (predicted[-1] - predicted[0]).norm(dim=1) / predicted[-1].norm(dim=1)
-        return made, (change > (math.inf if sampler.tolerance is None else sampler.tolerance)).cpu()
+        return made, (change > sampler.tolerance).cpu()
 
     images, again = [], []
     with tqdm(total=len(labels), unit="image", desc="generating", disable=not show_progress, leave=False) as bar:
