@@ -35,7 +35,7 @@ import plots
 import settings
 from dataset import CLASSES
 from evaluate.estimate_cost import seconds
-from evaluate.evaluate_fld import generate, load_model, sampler_of
+from evaluate.evaluate_fld import load_model, sampler_of
 from evaluate.lens_distance import LensDistance
 from files import whole
 from models import flow
@@ -167,7 +167,7 @@ def _named(passes: int) -> str:
 
 def draw(model: NanoDiT, images: int, sampler: flow.Sampler) -> Tensor:
     """Images of all classes, from noise to pixels."""
-    return generate(model, torch.arange(images) % len(CLASSES), sampler, 0, images)
+    return model.generate(torch.arange(images) % len(CLASSES), sampler, batch_size=images)
 
 
 def of_pixels(model: NanoDiT, pixels: int) -> NanoDiT:
@@ -209,7 +209,7 @@ def quality_of(model: NanoDiT, device: torch.device) -> dict[int, dict[str, floa
     distance = LensDistance(DATA_DIR, load_classifier(CLASSIFIER_PATH, device), IMAGES_PER_CLASS)
     found = {}
     for passes in tqdm(_PASSES, "quality", leave=False):
-        images = generate(model, distance.labels, of_passes(model, passes), 0)
+        images = model.generate(distance.labels, of_passes(model, passes))
         found[passes] = distance.over_floor(images)
     return found
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plots
 import settings
 from dataset import CLASSES
-from evaluate.evaluate_fld import generate, load_model
+from evaluate.evaluate_fld import load_model
 from evaluate.lens_distance import LensDistance
 from files import whole
 from models import flow
@@ -64,13 +64,13 @@ def main() -> None:
             bar.update()
 
         for solver, grid, steps in plain:
-            images = generate(model, distance.labels, flow.Sampler(steps, 1.0, solver, grid), SEED)
+            images = model.generate(distance.labels, flow.Sampler(steps, 1.0, solver, grid), SEED)
             measure(f"{solver}, {grid}", 2 * steps - 1 if solver == "heun" else steps, images)
         for steps, scale, interval in guided:
             images, passes = with_guidance(model, distance.labels, steps, scale, interval)
             measure(f"multistep, logit, guidance {scale:g}, t from {interval[0]:g} to {interval[1]:g}", passes, images)
         for student in students:
-            measure("distilled", student.sampler.steps, generate(student, distance.labels, student.sampler, SEED))
+            measure("distilled", student.sampler.steps, student.generate(distance.labels, seed=SEED))
 
     with whole(Path(OUTPUT_DIR) / "samplers.json") as file:
         file.write(json.dumps({"settings": settings.constants(globals()), "over_floor": found}, indent=1).encode())
@@ -84,12 +84,11 @@ def with_guidance(
 ) -> tuple[Tensor, int]:
     """Images of the multistep solver with guidance at times in an interval, and how many passes each takes."""
     sampler = flow.Sampler(steps, 1.0, "multistep", "logit")
-    velocity = flow.guided(model, model.num_classes, scale, interval)
-    shape, spread = model.sample_shape, model.spread
-    images = flow.sample(velocity, labels, shape, model.num_classes, sampler, SEED, spread=spread)
-    times = flow.pass_times(sampler, spread is not None)[:-1]
+    times = flow.pass_times(sampler, model.spread is not None)[:-1]
+    velocity = flow.guided(model.along(times), model.num_classes, scale, interval)
+    images = flow.sample(velocity, labels, model.sample_shape, model.num_classes, sampler, SEED, spread=model.spread)
     doubled = sum(interval[0] <= t <= interval[1] for t in times)
-    return flow.to_unit_range(model.decode(images)).cpu(), steps + doubled
+    return model.decode(images).cpu(), steps + doubled
 
 
 def print_table(found: _Found) -> None:

@@ -151,36 +151,13 @@ def generate_image(
         raise InputError(
             f"target_class {target_class!r} is not one of 0 to {model.num_classes - 1}: {', '.join(CLASSES)}"
         )
-    return generate(model, torch.full((num_samples,), target_class), sampler_of(model, ode_steps, cfg_scale), seed)
+    return model.generate(torch.full((num_samples,), target_class), sampler_of(model, ode_steps, cfg_scale), seed)
 
 
 def sampler_of(model: NanoDiT, ode_steps: int | None, cfg_scale: float | None) -> flow.Sampler:
     """The sampler of a network, with another guidance scale, or so many steps and no more, where they are given."""
     sampler = model.sampler if cfg_scale is None else replace(model.sampler, cfg_scale=cfg_scale)
     return sampler if ode_steps is None else replace(sampler, steps=ode_steps, tolerance=None)
-
-
-def generate(
-    model: NanoDiT,
-    labels: Tensor,
-    sampler: flow.Sampler,
-    seed: int,
-    batch_size: int = 128,
-    first: int = 0,
-) -> Tensor:
-    """One lens for each label, images first, first + 1, ... of a seed, (n, 1, 64, 64) float32 in [0, 1], on the CPU."""
-    samples = flow.sample(
-        model,
-        labels.to(model.pos_embed.device),
-        model.sample_shape,
-        model.num_classes,
-        sampler,
-        seed,
-        batch_size,
-        first,
-        spread=model.spread,
-    )
-    return flow.to_unit_range(model.decode(samples)).cpu()
 
 
 def images_to_score(folder: str, checkpoint: str | None, count: int) -> tuple[NpyDataset, dict[str, Any]]:
@@ -231,7 +208,7 @@ def generate_to_folder(model: NanoDiT, folder: Path, count: int, source: dict[st
         if not all(path.exists() for path in paths):
             labels = torch.full((len(paths),), label)
             number = label * _CLASS_STRIDE + first
-            images = generate(model, labels, sampler, source["seed"], BATCH_SIZE, number)
+            images = model.generate(labels, sampler, source["seed"], BATCH_SIZE, number)
             for path, image in zip(paths, images, strict=True):
                 save_array(path, image[0].numpy())
         bar.update(len(paths))

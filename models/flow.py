@@ -9,7 +9,7 @@ Nothing here knows a network: ``velocity`` is any function of z (n, 1, h, w), t 
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -241,9 +241,9 @@ def _times(t: float, like: Tensor) -> Tensor:
     return torch.full((len(like),), t, device=like.device)
 
 
-def noise_images(shape: tuple[int, ...], seed: int, first: int, count: int) -> Tensor:
-    """Gaussian noise (count, *shape) for images first, first + 1, ...: image k depends on seed and k alone."""
-    noise = [np.random.default_rng([seed, k]).standard_normal(shape, np.float32) for k in range(first, first + count)]
+def noise_images(shape: tuple[int, ...], seed: int, numbers: Iterable[int]) -> Tensor:
+    """Gaussian noise (n, *shape) for images of these numbers: that of image k depends on seed and k alone."""
+    noise = [np.random.default_rng([seed, k]).standard_normal(shape, np.float32) for k in numbers]
     return torch.from_numpy(np.stack(noise))
 
 
@@ -257,7 +257,6 @@ def sample(
     seed: int = 0,
     batch_size: int = 128,
     first: int = 0,
-    show_progress: bool = True,
     spread: Tensor | None = None,
 ) -> Tensor:
     """New images, one for each label.
@@ -278,7 +277,7 @@ def sample(
 
     def solve(numbers: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """Images of these numbers, and which of them have changed too much with the last pass."""
-        noise = torch.cat([noise_images(shape, seed, first + k, 1) for k in numbers.tolist()]).to(labels.device)
+        noise = noise_images(shape, seed, (first + numbers).tolist()).to(labels.device)
         times = pass_times(replace(sampler, steps=steps), spread is not None)
         predicted: deque[Tensor] = deque(maxlen=2)  # clean images, by the two last passes
 
@@ -295,7 +294,7 @@ def sample(
         return made, (change > sampler.tolerance).cpu()
 
     images, again = [], []
-    with tqdm(total=len(labels), unit="image", desc="generating", disable=not show_progress, leave=False) as bar:
+    with tqdm(total=len(labels), unit="image", desc="generating", leave=False, delay=1) as bar:
         for numbers in torch.arange(len(labels)).split(batch_size):
             made, unsettled = solve(numbers, sampler.steps)
             images.append(made)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset import diffusion_transforms
+from dataset import normalize
 from models import flow
 
 # NanoDiT-<width>/<patch>, largest first. B/2 is the published network, for a GPU; S, under 5 M parameters and with few
@@ -99,17 +99,59 @@ class NanoDiT(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """z (n, *sample_shape), t (n,) in [0, 1], labels (n,) in 0..num_classes -> velocity (n, *sample_shape)."""
+        return self._velocity(z, t, self._modulations(t, labels))
+
+    def along(self, times: list[float]) -> flow.Velocity:
+        """``forward`` for a solver, which has all images at one time, and for weights that stay as they are.
+
+        What times and classes say is computed once, for all of ``times`` together and for others as they come: anew in
+        every pass, it would cost a network of one token as much as the images do.
+        """
+        classes = torch.arange(self.num_classes + 1, device=self.pos_embed.device)
+        known: dict[float, tuple[Tensor, ...]] = {}
+
+        def add(times: list[float]) -> None:
+            t = torch.tensor(times, device=classes.device)
+            of_all = self._modulations(t.repeat_interleave(len(classes)), classes.repeat(len(t)))
+            known.update(zip(t.tolist(), zip(*(part.split(len(classes)) for part in of_all), strict=True), strict=True))
+
+        def velocity(z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            time = t[0].item()
+            if time not in known:
+                add([time])
+            return self._velocity(z, t[:1], [F.embedding(labels, of_class) for of_class in known[time]])
+
+        add(times)
+        return velocity
+
+    @torch.inference_mode()
+    def generate(
+        self, labels: Tensor, sampler: flow.Sampler | None = None, seed: int = 0, batch_size: int = 128, first: int = 0
+    ) -> Tensor:
+        """One image for each label (n,), images first, first + 1, ... of a seed: (n, c, h, w) in [0, 1], on the CPU.
+
+        By ``self.sampler`` unless another one is given; see ``flow.sample``.
+        """
+        sampler = sampler or self.sampler
+        velocity = self.along(flow.pass_times(sampler, self.spread is not None)[:-1])
+        labels = labels.to(self.pos_embed.device)
+        samples = flow.sample(
+            velocity, labels, self.sample_shape, self.num_classes, sampler, seed, batch_size, first, spread=self.spread
+        )
+        return self.decode(samples).cpu()
+
+    def _modulations(self, t: Tensor, labels: Tensor) -> list[Tensor]:
+        """What times and labels (m,) say to each block and to the final layer, (m, 6 or 2 times the width)."""
+        condition = self.t_embedder(t) + self.y_embedder(labels)
+        return [part.adaLN_modulation(condition) for part in (*self.blocks, self.final_layer)]
+
+    def _velocity(self, z: Tensor, t: Tensor, modulations: list[Tensor]) -> Tensor:
+        """At times t (n,), or (1,) for all."""
         seen = z if self.patch_basis is None else waves(z / flow.deviation(self.patch_basis.spread[None], t))
         tokens = self.x_embedder(seen) + self.pos_embed
-        of_image = None
-        if self.num_tokens == 1:  # its condition would cost as much as the token: once for all images that share it
-            (t_shared, labels), of_image = torch.unique(torch.stack([t, labels.to(t)]), dim=1, return_inverse=True)
-            condition = self.t_embedder(t_shared) + self.y_embedder(labels.long())
-        else:
-            condition = self.t_embedder(t) + self.y_embedder(labels)
-        for block in self.blocks:
-            tokens = block(tokens, condition, of_image)
-        out = self.final_layer(tokens, condition, of_image)
+        for block, modulation in zip(self.blocks, modulations, strict=False):
+            tokens = block(tokens, modulation)
+        out = self.final_layer(tokens, modulations[-1])
         out = self._unpatchify(out) if self.patch_basis is None else out * self.patch_basis.spread
         return flow.velocity_from_image(out.float(), z, t) if self.prediction == "image" else out
 
@@ -131,10 +173,10 @@ class NanoDiT(nn.Module):
         return images if self.patch_basis is None else self.patch_basis.encode(self._patchify(equal_light(images)))
 
     def decode(self, z: Tensor) -> Tensor:
-        """The inverse of ``encode``; with a patch basis, each image fills [-1, 1]."""
+        """What the flow is of to images (n, c, h, w) in [0, 1]; with a patch basis, each fills that range."""
         if self.patch_basis is None:
-            return z
-        return diffusion_transforms(self._unpatchify(self.patch_basis.decode(z)).clamp_min(0))
+            return flow.to_unit_range(z)
+        return normalize(self._unpatchify(self.patch_basis.decode(z)).clamp_min(0))
 
     def weigh(self, error: Tensor) -> Tensor:
         """Errors of a velocity as the loss counts them."""
@@ -215,7 +257,7 @@ class PatchBasis(nn.Module):
 
     def decode(self, coefficients: Tensor) -> Tensor:
         """(..., size) -> (..., numbers)."""
-        return self.mean + coefficients @ self.vectors.T
+        return F.linear(coefficients, self.vectors, self.mean)
 
     def weigh(self, errors: Tensor) -> Tensor:
         """Errors of coefficients in units of their spread, or of ``_FAINTEST`` of the largest one if that is more."""
@@ -290,9 +332,9 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), gelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, condition: Tensor, of_image: Tensor | None = None) -> Tensor:
-        modulation = _for_images(self.adaLN_modulation(condition), of_image)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=2)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Tokens (n, tokens, width), and what ``adaLN_modulation`` has for each image, (n, 6 * width)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, dim=2)
         x = x + gate1 * self.attn(_modulate(self.norm1(x), shift1, scale1))
         return x + gate2 * self.mlp(_modulate(self.norm2(x), shift2, scale2))
 
@@ -306,8 +348,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, condition: Tensor, of_image: Tensor | None = None) -> Tensor:
-        shift, scale = _for_images(self.adaLN_modulation(condition), of_image).chunk(2, dim=2)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        shift, scale = modulation[:, None].chunk(2, dim=2)
         return self.linear(_modulate(self.norm_final(x), shift, scale))
 
 
@@ -336,13 +378,8 @@ def waves(coefficients: Tensor) -> Tensor:
     return torch.cat([coefficients, angles.sin(), angles.cos()], dim=-1)
 
 
-def _for_images(modulation: Tensor, of_image: Tensor | None) -> Tensor:
-    """Rows (m, width) to those of images (n, 1, width): one for each, or the one that ``of_image`` (n,) says."""
-    return (modulation if of_image is None else F.embedding(of_image, modulation))[:, None]
-
-
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def sincos_positions(hidden_size: int, grid_size: int) -> Tensor:

@@ -57,7 +57,7 @@ def test_images_are_made_as_their_checkpoint_says_unless_told_otherwise(model, c
     content = load_checkpoint(checkpoint) | {"sampler": asdict(flow.Sampler(4, 1, "multistep", "cosine"))}
     save_checkpoint(tmp_path / "few.pt", **content)
     few = load_model(tmp_path / "few.pt", "cpu")
-    noise = flow.noise_images(few.sample_shape, 0, 0, 2)
+    noise = flow.noise_images(few.sample_shape, 0, range(2))
     with torch.inference_mode():
         expected, finer = (
             flow.to_unit_range(flow.multistep(few, noise, torch.tensor([1, 1]), flow.time_grid(steps, "cosine")))

@@ -260,14 +260,14 @@ def test_no_second_pass_without_guidance(scale):
 
     images = flow.sample(velocity, torch.tensor([0, 1, 2]), (1, 2, 2), 3, flow.Sampler(4, scale))
     assert sizes == [3] * 4
-    noise = flow.noise_images((1, 2, 2), 0, 0, 3)
+    noise = flow.noise_images((1, 2, 2), 0, range(3))
     torch.testing.assert_close(images, noise - torch.arange(3.0).view(3, 1, 1, 1))
 
 
 def test_guided_sampling_of_a_known_field():
     """Two classes with constant velocities: sampling moves the noise by the guided velocity, whatever the steps."""
     images = flow.sample(by_label, torch.tensor([1, 2]), (1, 2, 2), 3, flow.Sampler(7, 2.0), seed=4)
-    noise = flow.noise_images((1, 2, 2), 4, 0, 2)
+    noise = flow.noise_images((1, 2, 2), 4, range(2))
     moved = torch.tensor([3 + 2 * (1 - 3), 3 + 2 * (2 - 3)]).view(2, 1, 1, 1)
     torch.testing.assert_close(images, noise - moved)
 
@@ -283,7 +283,7 @@ def test_a_known_spread_spares_the_first_pass():
     sampler = flow.Sampler(3, 1.0, "euler", "uniform")
     spread = torch.tensor([0.01, 0.5, 1.0, 3.0]).view(1, 2, 2)
     images = flow.sample(velocity, torch.tensor([0, 1, 2]), (1, 2, 2), 3, sampler, spread=spread)
-    noise, fine = flow.noise_images((1, 2, 2), 0, 0, 3), [1 - i / 400 for i in range(101)]
+    noise, fine = flow.noise_images((1, 2, 2), 0, range(3)), [1 - i / 400 for i in range(101)]
     exact = flow.heun(gaussian_velocity(0.0, spread), noise, torch.zeros(3), fine)
     torch.testing.assert_close(images, exact, rtol=1e-4, atol=1e-4)
     assert seen == [0.75, 0.5, 0.25]
@@ -323,8 +323,6 @@ def test_image_k_is_the_same_whatever_the_batch_size_and_the_number_of_images():
     velocity = gaussian_velocity(0.1, 0.5)
     labels, few = torch.zeros(10, dtype=torch.long), flow.Sampler(5, 1.0)
     sample = {n: flow.sample(velocity, labels, (1, 4, 4), 3, few, seed=3, batch_size=n) for n in (1, 3, 10)}
-    silent = flow.sample(velocity, labels, (1, 4, 4), 3, few, seed=3, batch_size=3, show_progress=False)
-    assert torch.equal(silent, sample[3])  # a bar that is off counts nothing
     torch.testing.assert_close(sample[1], sample[10])
     torch.testing.assert_close(sample[3], sample[10])
     torch.testing.assert_close(flow.sample(velocity, labels[:4], (1, 4, 4), 3, few, seed=3), sample[10][:4])
@@ -334,7 +332,7 @@ def test_image_k_is_the_same_whatever_the_batch_size_and_the_number_of_images():
 
 def test_seeds_share_no_images():
     """Seed + index would make image 1 of seed 0 image 0 of seed 1."""
-    a, b = flow.noise_images((1, 4, 4), 0, 0, 20), flow.noise_images((1, 4, 4), 1, 0, 20)
+    a, b = flow.noise_images((1, 4, 4), 0, range(20)), flow.noise_images((1, 4, 4), 1, range(20))
     assert (a[:, None] - b[None]).abs().amax((2, 3, 4)).min() > 0.1
     assert abs(a.mean().item()) < 0.2
     assert a.std().item() == pytest.approx(1, abs=0.15)

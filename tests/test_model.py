@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import diffusion_transforms
+from dataset import normalize
 from models import flow
 from models.model import SIZES, Attention, NanoDiT, equal_light, waves
 
@@ -173,7 +173,7 @@ def test_a_patch_basis_is_orthonormal_and_loses_nothing_of_images_within_it():
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(5), atol=1e-5, rtol=0)
     coefficients = model.encode(images)
     assert coefficients.shape == (200, *model.sample_shape) == (200, 4, 5)
-    torch.testing.assert_close(model.decode(coefficients), diffusion_transforms(images), atol=1e-3, rtol=0)
+    torch.testing.assert_close(model.decode(coefficients), normalize(images), atol=1e-3, rtol=0)
     patches = model._patchify(equal_light(images)).flatten(0, 1)
     expected = np.linalg.svd(np.cov(patches.numpy().T))[1][:5] ** 0.5
     np.testing.assert_allclose(model.patch_basis.spread, expected, rtol=0.01)
@@ -222,14 +222,17 @@ def test_a_lone_token_takes_the_attention_that_any_number_of_tokens_takes():
     torch.testing.assert_close(attention(alone), attention(several)[:, :1])
 
 
-def test_images_that_share_time_and_class_and_those_that_do_not_get_their_own_velocity():
+@pytest.mark.parametrize("times", [[0.9, 0.2], [0.9], [0.5]], ids=["known", "one known", "new"])
+def test_along_times_of_a_solver_every_image_gets_the_velocity_of_its_time_and_class(times):
     model, _ = one_token_model()
-    z, t, labels = torch.randn(5, 1, 5), torch.tensor([0.9, 0.2, 0.9, 0.2, 0.5]), torch.tensor([0, 1, 0, 2, 3])
+    z, labels = torch.randn(5, 1, 5), torch.tensor([2, 1, 0, 2, 3])
     with torch.inference_mode():
-        alone = torch.cat([model(z[i : i + 1], t[i : i + 1], labels[i : i + 1]) for i in range(5)])
-        torch.testing.assert_close(model(z, t, labels), alone)
-        assert not torch.allclose(model(z, t, labels.flip(0)), alone, atol=1e-3)
-        assert not torch.allclose(model(z, t.flip(0), labels), alone, atol=1e-3)
+        along = model.along(times)
+        for time in (0.9, 0.2, 0.9):
+            t = torch.full((5,), time)
+            torch.testing.assert_close(along(z, t, labels), model(z, t, labels))
+            assert not torch.allclose(along(z, t, labels.flip(0)), model(z, t, labels), atol=1e-3)
+            assert not torch.allclose(along(z, 1.05 * t, labels), model(z, t, labels), atol=1e-3)
 
 
 def test_the_first_coefficients_come_with_sines_and_cosines_of_four_octaves():

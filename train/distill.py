@@ -168,7 +168,7 @@ def long_steps(
     """
     device = teacher.pos_embed.device
     random = flow.generator_of(SEED, epoch, device)
-    velocity = flow.guided(teacher, teacher.num_classes, CFG_SCALE)
+    velocity = flow.guided(teacher.along(times), teacher.num_classes, CFG_SCALE)
     starts, targets, all_times, all_labels = [], [], [], []
     bar = tqdm(total=count, desc="paths of the teacher", unit="path", leave=False)
     for part in torch.arange(count).split(_PART):

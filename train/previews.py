@@ -7,16 +7,14 @@ import torch
 
 import plots
 from dataset import CLASSES
-from models import flow
 from models.model import NanoDiT
 
 
 def write_samples(output: Path, epoch: int, model: NanoDiT, num_per_class: int) -> None:
     """A grid of samples, a row a class, and their arrays. The noise is the same every time, to show progress."""
-    labels = torch.arange(len(CLASSES), device=model.pos_embed.device).repeat_interleave(num_per_class)
-    samples = flow.sample(model.eval(), labels, model.sample_shape, len(CLASSES), model.sampler, spread=model.spread)
-    images = flow.to_unit_range(model.decode(samples)).squeeze(1).cpu().numpy()
-    by_class = {name: images[(labels == label).cpu().numpy()] for label, name in enumerate(CLASSES)}
+    labels = torch.arange(len(CLASSES)).repeat_interleave(num_per_class)
+    images = model.eval().generate(labels).squeeze(1).numpy()
+    by_class = {name: images[labels == label] for label, name in enumerate(CLASSES)}
     grid = plots.image_grid(by_class, f"epoch {epoch}")
     plots.save(grid, output / "dit_conditional_images" / f"sample_epoch_{epoch}.png")
     folder = output / "dit_conditional_npy" / f"sample_epoch_{epoch}"
