@@ -314,11 +314,11 @@ class Mlp(nn.Module):
     def __init__(self, hidden_size: int, mlp_size: int, gelu: str):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, mlp_size)
-        self.act = nn.GELU(approximate=gelu)
+        self.gelu = gelu
         self.fc2 = nn.Linear(mlp_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(_gelu(self.fc1(x), self.gelu))
 
 
 class DiTBlock(nn.Module):
@@ -335,8 +335,8 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Tokens (n, tokens, width), and what ``adaLN_modulation`` has for each image, (n, 6 * width)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, dim=2)
-        x = x + gate1 * self.attn(_modulate(self.norm1(x), shift1, scale1))
-        return x + gate2 * self.mlp(_modulate(self.norm2(x), shift2, scale2))
+        x = torch.addcmul(x, gate1, self.attn(_modulate(self.norm1(x), shift1, scale1)))
+        return torch.addcmul(x, gate2, self.mlp(_modulate(self.norm2(x), shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
@@ -380,6 +380,13 @@ def waves(coefficients: Tensor) -> Tensor:
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
+
+
+def _gelu(x: Tensor, approximate: str) -> Tensor:
+    """GELU, "tanh" or "none". To generate, a CPU takes half the time for the sigmoid: 1 + tanh(u) = 2 sigmoid(2 u)."""
+    if approximate == "tanh" and x.is_cpu and not x.requires_grad:
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * torch.addcmul(x, x * x, x, value=0.044715))
+    return F.gelu(x, approximate=approximate)
 
 
 def sincos_positions(hidden_size: int, grid_size: int) -> Tensor:

@@ -82,10 +82,12 @@ def batch():
     return rng.standard_normal((5, 1, 8, 8)), np.array([0.0, 0.013, 0.4, 0.77, 1.0]), np.array([0, 1, 2, 3, 1])
 
 
-def test_forward_pass_equals_dits_formulas(batch):
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_pass_equals_dits_formulas(batch, training):
     model = random_model().double()
     expected = reference_forward({name: value.numpy() for name, value in model.state_dict().items()}, *batch)
-    output = model(*map(torch.from_numpy, batch)).detach().numpy()
+    with torch.set_grad_enabled(training):
+        output = model(*map(torch.from_numpy, batch)).detach().numpy()
     assert expected.std() > 0.5
     np.testing.assert_allclose(output, expected, rtol=0, atol=3e-4)  # its frequencies, up to 1000, are float32
 
