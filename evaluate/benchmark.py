@@ -232,8 +232,8 @@ def print_contenders(found: dict[str, dict[str, float]], rate: float, quality: d
         taken = of_name["seconds"]
         speed = found[_LENSTRONOMY]["seconds"] / taken
         floor = f"{taken * rate / of_name['operations']:.2f}" if "operations" in of_name else "-"
-        ratio = ratios.get(name)
-        distance = f"{ratio['overall']:.1f} ({', '.join(f'{ratio[part]:.1f}' for part in CLASSES)})" if ratio else "-"
+        of_parts = [_count(ratios[name][part]) for part in ("overall", *CLASSES)] if name in ratios else []
+        distance = "{} ({}, {}, {})".format(*of_parts) if of_parts else "-"
         print(f"| {name} | {1e3 * taken:.3g} | {_count(1 / taken)} | {_count(speed)} | {floor} | {distance} |")
 
 
@@ -251,7 +251,7 @@ def picture(found: dict[str, dict[str, float]], quality: dict[int, dict[str, flo
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     speeds = [1 / of_name["seconds"] for of_name in found.values()]
-    distances = {_named(passes): f", Fréchet ratio {ratio['overall']:.1f}" for passes, ratio in quality.items()}
+    distances = {_named(passes): f", Fréchet ratio {_count(ratio['overall'])}" for passes, ratio in quality.items()}
     bars = axes.barh(list(found), speeds, color=["C1" if "NanoDiT" in name else "C0" for name in found])
     labels = [f" {_count(speed)}{distances.get(name, '')}" for name, speed in zip(found, speeds, strict=True)]
     axes.bar_label(bars, labels)
