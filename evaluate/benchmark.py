@@ -5,10 +5,11 @@
 
 Contenders: lenstronomy as simulate/simulate_lenses.py uses it, on all cores; the same recipe for many images at once
 (simulate/vectorized.py), compiled; the reference sampler, 50 Euler steps with guidance of NanoDiT-B/2, untrained since
-its speed is the same; the generator of CHECKPOINT_PATH in 1 to 16 passes. Writes OUTPUT_DIR/benchmark.json and
-OUTPUT_DIR/benchmark.png and prints the tables.
+its speed is the same; the generator of CHECKPOINT_PATH in 1 to 16 passes, and compiled. Writes
+OUTPUT_DIR/benchmark.json and OUTPUT_DIR/benchmark.png and prints the tables.
 """
 
+import copy
 import json
 import multiprocessing
 import os
@@ -73,9 +74,9 @@ def main() -> None:
         contenders |= {name: (drawn[1], partial(draw, *drawn)) for name, drawn in generators.items()}
         times, rates = {name: [] for name in contenders}, []
         for _ in tqdm(range(ROUNDS), "timing", leave=False):
-            rates.append(matmul_rate(device))
             for name, (images, work) in contenders.items():
                 times[name].append(least_seconds(work, warm_up=not times[name]) / images)
+            rates.append(matmul_rate(device))  # soon after the networks: on a machine that others use, rates wander
     rate = float(np.median(rates))
     print(f"{device.type}, {torch.get_num_threads()} threads: {rate / 1e9:.0f} GFLOP/s in products of matrices")
     found = {name: {"seconds": float(np.median(of_name))} for name, of_name in times.items()}
@@ -130,10 +131,11 @@ def simulators(device: torch.device) -> Iterator[_Timed]:
     table = parameter_table(-(-BATCH_SIZE // len(CLASSES)), 0)
     rows = [dict(zip(row.colnames, row, strict=True)) for row in table]
     of_class = [[row for row in rows if row["class"] == name] for name in CLASSES]
-    shooters = [compiled(shoot_rays, to_tensors(of_name, device)) for of_name in of_class]
+    fast = torch.compile(shoot_rays, dynamic=False)
+    shoot = fast if compiles(lambda: [fast(*to_tensors(of_name, device)) for of_name in of_class]) else shoot_rays
 
     def vectorized() -> None:
-        for of_name, shoot in zip(of_class, shooters, strict=True):
+        for of_name in of_class:
             shoot(*to_tensors(of_name, device)).cpu()
 
     with ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -143,24 +145,27 @@ def simulators(device: torch.device) -> Iterator[_Timed]:
         }
 
 
-def compiled(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-    """The function compiled for such arguments, or as it is where torch cannot: that needs a C++ compiler."""
-    fast = torch.compile(function, dynamic=False)
+def compiles(work: Callable[[], object]) -> bool:
+    """Whether work with compiled functions can be done: a CPU needs a C++ compiler for that."""
     try:
-        fast(*arguments)
+        work()
     except Exception:  # whatever the compiler's problem is
-        print("torch cannot compile here: the vectorized simulator is slower than it could be")
-        return function
-    return fast
+        print("torch cannot compile here: both the vectorized simulator and the generator could be faster")
+        return False
+    return True
 
 
 def networks(model: NanoDiT, device: torch.device) -> dict[str, tuple[NanoDiT, int, flow.Sampler]]:
     """What ``draw`` takes for the reference sampler, and for the generator in few passes."""
     reference = NanoDiT(**SIZES["NanoDiT-B/2"]).to(device).eval()
     alone = 1 if device.type == "cpu" else BATCH_SIZE  # an image takes a CPU a minute
-    return {_REFERENCE: (reference, alone, flow.Sampler())} | {
-        _named(steps): (model, BATCH_SIZE, of_passes(model, steps)) for steps in _PASSES
-    }
+    found = {_REFERENCE: (reference, alone, flow.Sampler())}
+    found |= {_named(steps): (model, BATCH_SIZE, of_passes(model, steps)) for steps in _PASSES}
+    fast = copy.deepcopy(model)
+    fast.compile()
+    if compiles(lambda: draw(fast, BATCH_SIZE, model.sampler)):
+        found[f"{_named(model.sampler.steps)}, compiled"] = (fast, BATCH_SIZE, model.sampler)
+    return found
 
 
 def of_passes(model: NanoDiT, passes: int) -> flow.Sampler:
@@ -185,7 +190,7 @@ def of_pixels(model: NanoDiT, pixels: int) -> NanoDiT:
 
 def cost(model: NanoDiT, images: int, sampler: flow.Sampler) -> float:
     """Seconds an image."""
-    return seconds(lambda: draw(model, images, sampler)) / images
+    return least_seconds(lambda: draw(model, images, sampler), warm_up=True) / images
 
 
 def peak_memory() -> dict[int, float]:

@@ -4,6 +4,8 @@ Names and shapes of the parameters are those of facebookresearch/DiT, so equal w
 """
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +51,8 @@ class NanoDiT(nn.Module):
         sample_shape: of what the flow is of: an image (c, h, w), or with a patch basis (tokens, patch_basis).
         sampler: how its images are made unless told otherwise; a checkpoint says what its training was for.
     """
+
+    _compiler: Callable[[Callable], Callable] = staticmethod(lambda function: function)
 
     def __init__(
         self,
@@ -97,6 +101,14 @@ class NanoDiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_basis or numbers)
         self._initialize()
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """``torch.compile`` for ``forward``, as in every module, and for the passes of ``generate`` and ``along``.
+
+        On a CPU a pass takes 15% less time; it takes a C++ compiler, and up to a minute at first.
+        """
+        super().compile(*args, **options)
+        self._compiler = partial(torch.compile, *args, **options)
+
     def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """z (n, *sample_shape), t (n,) in [0, 1], labels (n,) in 0..num_classes -> velocity (n, *sample_shape)."""
         return self._velocity(z, t, self._modulations(t, labels))
@@ -109,6 +121,7 @@ class NanoDiT(nn.Module):
         """
         classes = torch.arange(self.num_classes + 1, device=self.pos_embed.device)
         known: dict[float, tuple[Tensor, ...]] = {}
+        of_pass = self._compiler(self._velocity)
 
         def add(times: list[float]) -> None:
             t = torch.tensor(times, device=classes.device)
@@ -119,7 +132,7 @@ class NanoDiT(nn.Module):
             time = t[0].item()
             if time not in known:
                 add([time])
-            return self._velocity(z, t[:1], [F.embedding(labels, of_class) for of_class in known[time]])
+            return of_pass(z, t[:1], known[time], labels)
 
         add(times)
         return velocity
@@ -145,8 +158,10 @@ class NanoDiT(nn.Module):
         condition = self.t_embedder(t) + self.y_embedder(labels)
         return [part.adaLN_modulation(condition) for part in (*self.blocks, self.final_layer)]
 
-    def _velocity(self, z: Tensor, t: Tensor, modulations: list[Tensor]) -> Tensor:
-        """At times t (n,), or (1,) for all."""
+    def _velocity(self, z: Tensor, t: Tensor, modulations: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
+        """At times t (n,), or (1,) for all; modulations are of the images, or of the classes if there are labels."""
+        if labels is not None:
+            modulations = [F.embedding(labels, of_class) for of_class in modulations]
         seen = z if self.patch_basis is None else waves(z / flow.deviation(self.patch_basis.spread[None], t))
         tokens = self.x_embedder(seen) + self.pos_embed
         for block, modulation in zip(self.blocks, modulations, strict=False):
@@ -385,7 +400,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def _gelu(x: Tensor, approximate: str) -> Tensor:
     """GELU, "tanh" or "none". To generate, a CPU takes half the time for the sigmoid: 1 + tanh(u) = 2 sigmoid(2 u)."""
     if approximate == "tanh" and x.is_cpu and not x.requires_grad:
-        return x * torch.sigmoid(math.sqrt(8 / math.pi) * torch.addcmul(x, x * x, x, value=0.044715))
+        return torch.addcmul(x, x * x, x, value=0.044715).mul_(math.sqrt(8 / math.pi)).sigmoid_().mul_(x)
     return F.gelu(x, approximate=approximate)
 
 

@@ -47,6 +47,8 @@ def test_the_benchmark_writes_its_tables(lens_data, checkpoint, classifier, tmp_
     one_pass = contenders["NanoDiT, 1 pass"]["operations"]
     assert one_pass > 2 * 66_016  # as many multiplications and additions as weights, for each of the tokens
     assert contenders["NanoDiT, 8 passes"]["operations"] == 8 * one_pass  # pixels need no decoding
+    compiled = contenders["NanoDiT, 2 passes, compiled"]  # as many as the checkpoint says
+    assert compiled["operations"] == 2 * one_pass
     assert found["quality"]["8"]["overall"] > 0
     assert np.isfinite(found["matmul_rate"])
     assert 1e6 < found["memory"]["512"] < 4e9

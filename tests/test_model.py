@@ -237,6 +237,26 @@ def test_along_times_of_a_solver_every_image_gets_the_velocity_of_its_time_and_c
             assert not torch.allclose(along(z, 1.05 * t, labels), model(z, t, labels), atol=1e-3)
 
 
+def test_a_compiled_model_generates_the_same_images_by_what_the_compiler_made():
+    model, _ = one_token_model()
+    labels = torch.tensor([2, 1, 0, 2, 1])
+    plain = model.generate(labels)
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model.compile(backend=backend)
+    assert not compiled
+    torch.testing.assert_close(model.generate(labels), plain)
+    assert len(compiled) == 1  # one pass, for all times
+    model.generate(labels)
+    assert len(compiled) == 1
+    model(torch.randn(5, 1, 5), torch.full((5,), 0.4), labels)
+    assert len(compiled) == 2
+
+
 def test_the_first_coefficients_come_with_sines_and_cosines_of_four_octaves():
     coefficients = torch.randn(2, 3, 7)
     seen = waves(coefficients)
