@@ -133,6 +133,11 @@ def stop_on_signal() -> Callable[[], bool]:
     return lambda: bool(received)
 
 
+def ignore_ctrl_c() -> None:
+    """For the workers of a pool, which the main process stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def pick_device(name: str) -> "torch.device":
     """The torch device of a DEVICE constant; "auto" is the GPU when there is one.
 

@@ -28,7 +28,7 @@ import distributed
 import settings
 from dataset import CLASSES, NpyDataset
 from evaluate import report
-from evaluate.figures import Reference
+from evaluate.figures import Reference, half_size
 from files import save_array, whole
 from models import flow
 from models.checkpoint import build_generator, load_checkpoint
@@ -69,9 +69,7 @@ def main() -> None:
         real, train = (NpyDataset(data, None, part, ON_BAD_FILE) for part in ("test", "train"))
     classifier = load_classifier(CLASSIFIER_PATH, device)
     print(f"Lens features of {CLASSIFIER_PATH}")
-    count = min(IMAGES_PER_CLASS, int(torch.bincount(real.labels, minlength=len(CLASSES)).min()) // 2)
-    if count < 3:
-        raise InputError(f"{data}: fewer than 6 test images of a class, or --images_per_class below 3")
+    count = half_size(real, IMAGES_PER_CLASS)
     if NUM_SPLITS < 2:
         raise InputError("--num_splits must be 2 or more: one split has no spread")
     for folder in (Path(REPORT_DIR), Path(FIGURE_PATH).parent):  # now, not after minutes of work

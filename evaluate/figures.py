@@ -14,6 +14,7 @@ from dataset import CLASSES, NpyDataset
 from evaluate import metrics, physics
 from evaluate.measure import Measured, Sample, find_nearest, measure, measure_cached, select, thumbnails
 from evaluate.two_sample import HELD_OUT, told_apart
+from settings import InputError
 
 PARTS = ("overall", *CLASSES)
 COPY_QUANTILE = 0.05  # a copy is nearer to a training image than all but this share of the test images
@@ -54,6 +55,18 @@ DISTANCES = {"fid_inception", "frechet_lens"}  # shown also as a ratio to the fl
 
 _OfParts = dict[str, dict[str, float]]  # part -> figure -> value
 Figures = dict[str, dict[str, dict[str, Any]]]  # figure -> part -> value, value_std, floor, floor_std
+
+
+def half_size(test: NpyDataset, most: int) -> int:
+    """Images of a class in each of two halves of the test images, ``most`` or fewer.
+
+    Raises:
+        InputError: for fewer than the 3 that a figure takes.
+    """
+    count = min(most, int(torch.bincount(test.labels, minlength=len(CLASSES)).min()) // 2)
+    if count < 3:
+        raise InputError(f"{test.root_dir}: fewer than 6 test images of a class, or --images_per_class below 3")
+    return count
 
 
 def halves(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:

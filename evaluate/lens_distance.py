@@ -1,11 +1,10 @@
 """Fréchet distance of generated images to the test images of a folder over its floor, for many sets of images."""
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from dataset import CLASSES, NpyDataset, normalize
-from evaluate.figures import PARTS, first_of_each_class, halves
+from dataset import NpyDataset, normalize
+from evaluate.figures import PARTS, first_of_each_class, half_size, halves
 from evaluate.metrics import frechet_distance
 from models.classifier import classify
 
@@ -21,11 +20,14 @@ class LensDistance:
 
     Attributes:
         labels: of the images that ``over_floor`` takes, class by class, (n,).
+
+    Raises:
+        InputError: for fewer than 3 images of a class in a half.
     """
 
     def __init__(self, data_dir: str, classifier: nn.Module, images_per_class: int, splits: int = 4):
         test = NpyDataset(data_dir, None, "test")
-        count = min(images_per_class, int(torch.bincount(test.labels, minlength=len(CLASSES)).min()) // 2)
+        count = half_size(test, images_per_class)
         index = first_of_each_class(test.labels, 2 * count)
         features, labels = classify(classifier, test.read(index))[1], test.labels[index]
         pairs = [halves(labels, count, seed) for seed in range(splits)]

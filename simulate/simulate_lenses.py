@@ -11,7 +11,6 @@ Recipe: Alexander et al. 2020 (arXiv:1909.07346) as coded in DeepLenseSim, rende
 """
 
 import os
-import signal
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -60,7 +59,7 @@ def main() -> None:
     print(f"{len(table)} images in {folder}, {len(todo)} of them to simulate in {workers} processes")
     rows = [dict(zip(row.colnames, row, strict=True)) for row in todo]
     job = partial(simulate_to_file, folder, EINSTEIN_RADIUS_CONVENTION)
-    pool = ProcessPoolExecutor(workers, initializer=_ignore_ctrl_c)
+    pool = ProcessPoolExecutor(workers, initializer=settings.ignore_ctrl_c)
     try:
         for _ in tqdm(pool.map(job, rows, chunksize=16), total=len(rows), unit="image"):
             pass
@@ -237,10 +236,6 @@ def reserve_folder(folder: Path, table: Table) -> None:
     for name in _CLASSES:
         (folder / name).mkdir(parents=True, exist_ok=True)
     table.write(path, overwrite=True)
-
-
-def _ignore_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The benchmark counts and divides rightly, and its tables and files are there."""
 
 import json
+import signal
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -53,3 +55,28 @@ def test_the_benchmark_writes_its_tables(lens_data, checkpoint, classifier, tmp_
     assert np.isfinite(found["matmul_rate"])
     assert 1e6 < found["memory"]["512"] < 4e9
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("flags", [["--data_dir", "/nowhere"], ["--images_per_class", 2]])
+def test_what_is_wrong_with_the_data_is_said_before_anything_is_timed(
+    flags, lens_data, checkpoint, classifier, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("evaluate.estimate_cost.seconds", lambda *_, **__: pytest.fail("it is timed"))
+    given = ["--checkpoint_path", checkpoint, "--classifier_path", classifier, "--data_dir", lens_data]
+    with pytest.raises(SystemExit):
+        run_script("evaluate/benchmark.py", *given, "--output_dir", tmp_path, *flags)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_workers_leave_ctrl_c_to_the_main_process(monkeypatch):
+    pools = []
+
+    class Watched(ProcessPoolExecutor):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            pools.append(self)
+
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Watched)
+    monkeypatch.setattr(benchmark, "compiles", lambda work: False)
+    with benchmark.simulators(torch.device("cpu")):
+        assert pools[0].submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
