@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
 from dataset import CLASSES, NpyDataset
-from evaluate.figures import PARTS, TITLES, Reference, apart, first_of_each_class
+from evaluate.figures import PARTS, TITLES, Reference, apart, fewest, first_of_each_class
 from evaluate.report import with_spread
 from models.classifier import load_classifier
 
@@ -72,11 +71,6 @@ def main() -> None:
                 row = [f"**{text}**" if apart(c, NUM_SPLITS) else text for text, c in zip(row, cells, strict=True)]
                 print(f"| {title} | {with_spread(figure, cells[0], 'floor')} | {' | '.join(row)} |")
         print()
-
-
-def fewest(dataset: NpyDataset) -> int:
-    """Number of images of the class that has the fewest."""
-    return int(torch.bincount(dataset.labels, minlength=len(CLASSES)).min())
 
 
 def write_broken(output: Path, train: NpyDataset, val: NpyDataset, count: int, seed: int) -> dict[str, Path]:

@@ -28,7 +28,7 @@ import distributed
 import settings
 from dataset import CLASSES, NpyDataset
 from evaluate import report
-from evaluate.figures import Reference, half_size
+from evaluate.figures import Reference, fewest, half_size
 from files import save_array, whole
 from models import flow
 from models.checkpoint import build_generator, load_checkpoint
@@ -79,7 +79,7 @@ def main() -> None:
         of_checkpoint = f"{GENERATED_DIR.rstrip('/')}_compared"
         other = (COMPARE_PATH, None) if Path(COMPARE_PATH).is_dir() else (of_checkpoint, COMPARE_PATH)
         samples.append(images_to_score(*other, count))
-    count = min(count, *(int(torch.bincount(dataset.labels, minlength=len(CLASSES)).min()) for dataset, _ in samples))
+    count = min(count, *(fewest(dataset) for dataset, _ in samples))
     if count < 3:
         raise InputError("fewer than 3 images of a class to score; add images")
     with distributed.main_first():

@@ -57,13 +57,18 @@ _OfParts = dict[str, dict[str, float]]  # part -> figure -> value
 Figures = dict[str, dict[str, dict[str, Any]]]  # figure -> part -> value, value_std, floor, floor_std
 
 
+def fewest(dataset: NpyDataset) -> int:
+    """Number of images of the class that has the fewest."""
+    return int(torch.bincount(dataset.labels, minlength=len(CLASSES)).min())
+
+
 def half_size(test: NpyDataset, most: int) -> int:
     """Images of a class in each of two halves of the test images, ``most`` or fewer.
 
     Raises:
         InputError: for fewer than the 3 that a figure takes.
     """
-    count = min(most, int(torch.bincount(test.labels, minlength=len(CLASSES)).min()) // 2)
+    count = min(most, fewest(test) // 2)
     if count < 3:
         raise InputError(f"{test.root_dir}: fewer than 6 test images of a class, or --images_per_class below 3")
     return count
