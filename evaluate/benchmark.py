@@ -68,9 +68,7 @@ def main() -> None:
     device = settings.pick_device(DEVICE)
     Path(OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     model = load_model(CHECKPOINT_PATH, DEVICE)
-    distance = None
-    if DATA_DIR is not None:  # now, not after minutes of timing
-        distance = LensDistance(DATA_DIR, load_classifier(CLASSIFIER_PATH, device), IMAGES_PER_CLASS)
+    quality = {} if DATA_DIR is None else quality_of(model, device)  # first: what is wrong with the data shows at once
     generators = networks(model, device)
     with simulators(device) as contenders:
         contenders |= {name: (drawn[1], partial(draw, *drawn)) for name, drawn in generators.items()}
@@ -90,7 +88,6 @@ def main() -> None:
         "steps": {n: found[_named(n)]["seconds"] for n in _PASSES},
     }
     memory = peak_memory() if device.type == "cpu" else {}
-    quality = {} if distance is None else quality_of(model, distance)
     print_contenders(found, rate, quality)
     print_growth(growth, memory)
     report = {"settings": settings.constants(globals()), "matmul_rate": rate, "contenders": found, "growth": growth}
@@ -219,8 +216,9 @@ def _highest() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
-def quality_of(model: NanoDiT, distance: LensDistance) -> dict[int, dict[str, float]]:
+def quality_of(model: NanoDiT, device: torch.device) -> dict[int, dict[str, float]]:
     """Fréchet distance in lens features over its floor: passes -> part -> ratio."""
+    distance = LensDistance(DATA_DIR, load_classifier(CLASSIFIER_PATH, device), IMAGES_PER_CLASS)
     found = {}
     for passes in tqdm(_PASSES, "quality", leave=False):
         images = model.generate(distance.labels, of_passes(model, passes))
