@@ -12,7 +12,6 @@ OUTPUT_DIR/benchmark.json and OUTPUT_DIR/benchmark.png and prints the tables.
 import copy
 import json
 import multiprocessing
-import os
 import re
 import resource
 import sys
@@ -41,7 +40,7 @@ from files import whole
 from models import flow
 from models.classifier import load_classifier
 from models.model import SIZES, NanoDiT
-from simulate.simulate_lenses import parameter_table, render_row
+from simulate.simulate_lenses import parameter_table, render_row, usable_cores
 from simulate.vectorized import shoot_rays, to_tensors
 
 DATA_DIR = None  # Folder with axion/, cdm/ and no_sub/: adds the Fréchet distance to its test images, over its floor
@@ -137,7 +136,7 @@ def simulators(device: torch.device) -> Iterator[_Timed]:
         for of_name in of_class:
             shoot(*to_tensors(of_name, device)).cpu()
 
-    with ProcessPoolExecutor(os.cpu_count(), initializer=settings.ignore_ctrl_c) as pool:
+    with ProcessPoolExecutor(usable_cores(), initializer=settings.ignore_ctrl_c) as pool:
         yield {
             _LENSTRONOMY: (len(rows), lambda: list(pool.map(render_row, rows, chunksize=4))),
             _VECTORIZED: (len(rows), vectorized),

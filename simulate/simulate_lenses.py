@@ -54,8 +54,7 @@ def main() -> None:
     table.meta = {"SEED": SEED, "THETA_E": EINSTEIN_RADIUS_CONVENTION}
     reserve_folder(folder, table)
     todo = [row for row in table if not image_path(folder, row).exists()]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(NUM_WORKERS or cores, max(len(todo), 1))
+    workers = min(NUM_WORKERS or usable_cores(), max(len(todo), 1))
     print(f"{len(table)} images in {folder}, {len(todo)} of them to simulate in {workers} processes")
     rows = [dict(zip(row.colnames, row, strict=True)) for row in todo]
     job = partial(simulate_to_file, folder, EINSTEIN_RADIUS_CONVENTION)
@@ -65,6 +64,11 @@ def main() -> None:
             pass
     finally:
         pool.shutdown(cancel_futures=True)  # on Ctrl-C, drops what has not begun
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: in a SLURM job fewer than the node has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def parameter_table(num_per_class: int, seed: int) -> Table:

@@ -68,7 +68,7 @@ def test_what_is_wrong_with_the_data_is_said_before_anything_is_timed(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_workers_leave_ctrl_c_to_the_main_process(monkeypatch):
+def test_a_worker_for_each_core_of_the_job_that_leaves_ctrl_c_to_the_main_process(monkeypatch):
     pools = []
 
     class Watched(ProcessPoolExecutor):
@@ -78,5 +78,7 @@ def test_workers_leave_ctrl_c_to_the_main_process(monkeypatch):
 
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Watched)
     monkeypatch.setattr(benchmark, "compiles", lambda work: False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {5}, raising=False)
     with benchmark.simulators(torch.device("cpu")):
+        assert pools[0]._max_workers == 1  # of a SLURM job with one core
         assert pools[0].submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
