@@ -375,7 +375,7 @@ def test_exported_weights_can_be_halved(classifier, tmp_path):
         run_script("train/export_weights.py", *flags, "--halved", pattern)
         sizes.append((tmp_path / "w.safetensors").stat().st_size)
         for name, value in load_checkpoint(tmp_path / "w.safetensors")["model_state_dict"].items():
-            halved = name.startswith(first_letters) and value.dtype != torch.int64
+            halved = name.startswith(first_letters) and name.endswith(("weight", "bias"))  # no running averages
             assert (value.dtype == torch.float16) == halved, name
             torch.testing.assert_close(value.to(trained[name].dtype), trained[name], rtol=1e-3, atol=1e-4)
     assert sizes[0] > sizes[1] > sizes[2] > 0.5 * sizes[0]

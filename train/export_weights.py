@@ -17,7 +17,7 @@ from settings import InputError
 
 CHECKPOINT_PATH = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Of a generator or a classifier
 OUTPUT_PATH = "weights/nanodit.safetensors"  # The file to write
-HALVED = ""  # Pattern for the names of weights to store in float16, half as large; "*" for all
+HALVED = ""  # Pattern for the names of parameters to store in float16, half as large; "*" for all
 
 _KEPT = ("epoch", "sampler", "val_accuracy", "settings")  # of what else a checkpoint says
 
@@ -33,10 +33,9 @@ def main() -> None:
     else:
         network = build_generator(content, CHECKPOINT_PATH)
         plain["model_config"] = network.config
-    weights = {
-        name: value.half() if value.is_floating_point() and fnmatch(name, HALVED) else value
-        for name, value in network.state_dict().items()
-    }
+    halved = {name for name, _ in network.named_parameters() if fnmatch(name, HALVED)}
+    # Not the running averages of batch normalization: rounded, they hide the faint light that tells classes apart
+    weights = {name: value.half() if name in halved else value for name, value in network.state_dict().items()}
     save_weights(OUTPUT_PATH, weights, **plain)
     print(f"{OUTPUT_PATH}: {Path(OUTPUT_PATH).stat().st_size / 1e6:.1f} MB")
 
