@@ -20,7 +20,7 @@ from settings import InputError
 
 NPY_PATH = None  # An image, or a folder of images; those in folders named axion, cdm and no_sub are scored
 MODEL_PATH = settings.first_there(  # The classifier: the one trained here, or else the one of the repository
-    "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
+    "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_sharp.safetensors"
 )
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
