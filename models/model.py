@@ -104,7 +104,7 @@ class NanoDiT(nn.Module):
     def compile(self, *args: Any, **options: Any) -> None:
         """``torch.compile`` for ``forward``, as in every module, and for the passes of ``generate`` and ``along``.
 
-        On a CPU a pass takes a tenth less time; it takes a C++ compiler, and up to a minute at first.
+        On a CPU a pass takes up to a tenth less time; it takes a C++ compiler, and up to a minute at first.
         """
         super().compile(*args, **options)
         self._compiler = partial(torch.compile, *args, **options)
