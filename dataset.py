@@ -280,7 +280,7 @@ def _list_files(root: Path) -> list[tuple[str, int, int, int]]:
     for name in CLASSES:
         with os.scandir(root / name) as entries:
             for entry in entries:
-                if entry.name.endswith(".npy"):
+                if entry.name.endswith(".npy") and not entry.name.startswith("."):  # nor the "._0.npy" of a Mac
                     try:
                         status = entry.stat()
                         listing.append((f"{name}/{entry.name}", status.st_size, status.st_mtime_ns, status.st_ctime_ns))

@@ -34,7 +34,8 @@ def main() -> None:
         print(f"Predicted Class: '{CLASSES[index]}' (Index: {index})")
         print(f"Confidence: {confidence:.4f}")
         return
-    files = sorted(path.rglob("*.npy"), key=lambda file: (file.parent, len(file.name), file.name))
+    found = (file for file in path.rglob("*.npy") if not file.name.startswith("."))  # nor caches of data folders
+    files = sorted(found, key=lambda file: (file.parent, len(file.name), file.name))
     if not files:
         raise InputError(f"{path}: no .npy files in it")
     images, problems = [], []

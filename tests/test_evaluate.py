@@ -307,6 +307,9 @@ def test_a_folder_is_classified_with_a_table_and_the_accuracy_of_each_class(lens
         (tmp_path / name).mkdir()
         for i in range(3):
             shutil.copy(lens_data / name / f"{i}.npy", tmp_path / name)
+    (tmp_path / "axion" / "._0.npy").write_bytes(b"what a Mac writes beside a file")
+    assert len(NpyDataset(tmp_path)) == 9
+    assert list(tmp_path.glob(".lens_cache_*.npy"))
     run_script("evaluate/evaluate_classify.py", "--npy_path", tmp_path, "--model_path", classifier)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 9 + 3
