@@ -149,6 +149,11 @@ def split_of(file: str | Path) -> str:
     return "train" if fraction < 0.7 else "val" if fraction < 0.85 else "test"
 
 
+def is_image_file(name: str) -> bool:
+    """Whether a file of this name is taken for an image; hidden ones, caches and the "._0.npy" of a Mac, are not."""
+    return name.endswith(".npy") and not name.startswith(".")
+
+
 def read_image(path: str | Path) -> tuple[np.ndarray, float]:
     """One .npy file: its image, (1, 64, 64) float32 in [0, 1], and its axion mass in eV, NaN if it has none.
 
@@ -280,7 +285,7 @@ def _list_files(root: Path) -> list[tuple[str, int, int, int]]:
     for name in CLASSES:
         with os.scandir(root / name) as entries:
             for entry in entries:
-                if entry.name.endswith(".npy") and not entry.name.startswith("."):  # nor the "._0.npy" of a Mac
+                if is_image_file(entry.name):
                     try:
                         status = entry.stat()
                         listing.append((f"{name}/{entry.name}", status.st_size, status.st_mtime_ns, status.st_ctime_ns))

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
-from dataset import CLASSES, read_image
+from dataset import CLASSES, is_image_file, read_image
 from models.classifier import classify, load_classifier
 from settings import InputError
 
@@ -34,7 +34,7 @@ def main() -> None:
         print(f"Predicted Class: '{CLASSES[index]}' (Index: {index})")
         print(f"Confidence: {confidence:.4f}")
         return
-    found = (file for file in path.rglob("*.npy") if not file.name.startswith("."))  # nor caches of data folders
+    found = (file for file in path.rglob("*.npy") if is_image_file(file.name))
     files = sorted(found, key=lambda file: (file.parent, len(file.name), file.name))
     if not files:
         raise InputError(f"{path}: no .npy files in it")
