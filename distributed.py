@@ -16,16 +16,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from settings import InputError
+import nanodit_path  # noqa: F401
+from settings import InputError, place
 
 
 def join(device: torch.device) -> torch.device:
     """Meets the other processes of the job, if there are any; returns the device of this one.
 
     Raises:
-        InputError: when a machine has more processes than GPUs.
+        InputError: when a machine has more processes than GPUs, or only half of torchrun's variables are set.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if place()[1] == 1:
         return device
     if device.type == "cuda":
         index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -36,7 +37,7 @@ def join(device: torch.device) -> torch.device:
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # After a restart on one machine, the addresses of the dead are still there (pytorch/pytorch#135712)
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     atexit.register(dist.destroy_process_group)
     return device

@@ -5,21 +5,26 @@
     if __name__ == "__main__":
         settings.run(main, globals())   # --batch_size 32 sets BATCH_SIZE, then main() runs
 
-The type of a flag is the type of its constant; ``X: int | None = None`` also takes None, ``X: Literal["a", "b"] = "a"``
-limits its values, and the comment behind a constant is its help. Relative paths written in a script mean "inside this
-repository", relative paths given as a flag mean "from the current folder".
+The annotation of a constant says what it may be (``Count``, ``Fraction``, ``Literal["a", "b"]``, ``float | None``), and
+is checked in the same way whether the value was written into the script or given as a flag. The comment behind a
+constant is its help. Relative paths written in a script mean "inside this repository", relative paths given as a flag
+mean "from the current folder".
 """
 
 import argparse
 import math
+import multiprocessing
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
-from functools import partialmethod
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, get_args, get_origin
 
 from tqdm import tqdm
 
@@ -27,15 +32,61 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parent
-# Other whole numbers count something there must be one of
-MAY_BE_ZERO = {"SEED", "NUM_WORKERS", "WARMUP_EPOCHS", "CHECKPOINT_SAVE_STEPS", "PATCH_BASIS"}
-# More would never end
-AT_MOST = {"NUM_ODE_STEPS": 10_000, "EPOCHS": 1_000_000, "NUM_SPLITS": 10_000, "NUM_PER_CLASS": 10**9}
 PATH_ENDINGS = ("_DIR", "_PATH")
+LOG_INTERVAL = 60.0  # seconds between the lines of a progress bar in a log file
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The numbers from ``low`` to ``high``, without the ends that are open."""
+
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        above = number > self.low if self.low_open else number >= self.low
+        below = number < self.high if self.high_open else number <= self.high
+        return above and below and math.isfinite(number)
+
+    def __str__(self) -> str:
+        low, high = f"{self.low:,}", f"{self.high:,}"
+        if self.high == math.inf:
+            return f"above {low}" if self.low_open else f"of {low} or more"
+        return f"{'above' if self.low_open else 'from'} {low} {'and below' if self.high_open else 'to'} {high}"
+
+
+# What a number may be
+Count = Annotated[int, Interval(1, 10**9)]
+Whole = Annotated[int, Interval(0, 10**9)]
+Steps = Annotated[int, Interval(1, 10**4)]  # more would never end, likewise for epochs
+Epochs = Annotated[int, Interval(1, 10**6)]
+Splits = Annotated[int, Interval(2, 10**4)]  # one would have no standard deviation
+Positive = Annotated[float, Interval(0, low_open=True)]
+NotNegative = Annotated[float, Interval(0)]
+Guidance = Annotated[float, Interval(0, 1000)]  # more has no meaning, and ends in numbers that are none
+Fraction = Annotated[float, Interval(0, 1, high_open=True)]
+InnerFraction = Annotated[float, Interval(0, 1, low_open=True, high_open=True)]
 
 
 class InputError(Exception):
-    """A mistake in what the user gave: a file, a folder or a setting. Its text is one line that says what to do."""
+    """A mistake in what the user gave: a file, a folder or a setting. Its text is one line that says what to do.
+
+    ``status`` is the exit status of the script that it ends: 2 where there is nothing to begin with, 1 elsewhere.
+    """
+
+    def __init__(self, text: str, status: int = 1):
+        super().__init__(text)
+        self.status = status
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks this process to end, raised where it was."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
 
 
 def run(
@@ -45,29 +96,43 @@ def run(
 
     ``torchrun`` says that the script can be spread over many processes; only the first of them speaks.
     """
+    from files import release  # here, so that --help starts fast
+
+    # A log file shows each line at once, and a console without the accent of Fréchet a question mark
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     from_flags(script, required=required)
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
-    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if many and not torchrun:
-        stop(f"{Path(script['__file__']).name} runs as one process: start it with python, not with torchrun", 2)
-    if many and os.environ["RANK"] != "0":
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-    process = f"process {os.environ['RANK']}: " if many else ""
+    process, processes = "", 1
     try:
-        main()
+        rank, processes = place()
+        if processes > 1 and not torchrun:
+            name = Path(script["__file__"]).name
+            raise InputError(f"{name} runs as one process: start it with python, not with torchrun", 2)
+        process = f"process {rank}: " if processes > 1 else ""
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        _adapt_progress_bars(rank)
+        # Where many meet, they wait for each other in code that no handler interrupts: there, signals end them as usual
+        with _ending_signals() if processes == 1 else nullcontext():
+            main()
     except InputError as error:
-        stop(f"{process}{error}")
+        stop(f"{process}{error}", error.status)
+    except BrokenPipeError:  # of head, say, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:  # a full disk, a folder that must not be written to
         stop(f"{process}{error.filename or 'a file'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        stop("stopped", 130)
+    except KeyboardInterrupt as signal_or_key:
+        stop("stopped", getattr(signal_or_key, "status", 130))
     except (RuntimeError, MemoryError) as error:
         if _is_out_of_memory(error):
             stop(process + _memory_advice(script))
-        if many and re.search("gloo|NCCL|ncclRemoteError|onnection (closed|reset)", str(error)):
+        if isinstance(error, BrokenExecutor):
+            stop("a worker process was killed, for want of memory perhaps: try fewer --num_workers")
+        if processes > 1 and re.search("gloo|NCCL|ncclRemoteError|onnection (closed|reset)", str(error)):
             stop(f"{process}lost the other processes: the one that ended first says why")
         raise
+    finally:
+        release()
 
 
 def from_flags(script: dict[str, Any], argv: list[str] | None = None, required: tuple[str, ...] = ()) -> None:
@@ -79,20 +144,25 @@ def from_flags(script: dict[str, Any], argv: list[str] | None = None, required: 
         required: names of constants that have no usable default.
 
     Raises:
-        SystemExit: with status 2 and one line on stderr for an unknown flag or a bad value.
+        SystemExit: with status 2 and one line on stderr for an unknown flag, or a value that the annotation of its
+            constant does not allow, wherever it comes from.
     """
-    notes = dict(
-        re.findall(r"^([A-Z][A-Z0-9_]*)\b[^#\n]*=[^#\n]*#\s*(.*)$", Path(script["__file__"]).read_text(), re.M)
-    )
+    source = Path(script["__file__"]).read_text(encoding="utf-8")
+    notes = dict(re.findall(r"^([A-Z][A-Z0-9_]*)\b[^#\n]*=[^#\n]*#\s*(.*)$", source, re.M))
+    kinds = _annotations(script)
     parser = _Parser(description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in constants(script).items():
+        kind = kinds.get(name, type(default) if default is not None else str | None)
+        fault = _fault(default, kind, name)
+        if fault and name not in required:
+            stop(f"{Path(script['__file__']).name}: {name} = {default!r}: {fault}", 2)
         if name.endswith(PATH_ENDINGS) and default is not None:
             script[name] = str(ROOT / default)
         help_text = notes.get(name, "") + ("" if name in required else f" [{default}]")
         parser.add_argument(
             f"--{name.lower()}",
             dest=name,
-            type=_reader(name, default, get_args(script.get("__annotations__", {}).get(name))),
+            type=_reader(kind, name),
             default=argparse.SUPPRESS,
             required=name in required,
             metavar="VALUE",
@@ -101,10 +171,24 @@ def from_flags(script: dict[str, Any], argv: list[str] | None = None, required: 
     script.update(vars(parser.parse_args(argv)))
 
 
+def checked(name: str, value: Any, kind: Any) -> Any:
+    """An argument of a kind, as a constant would be checked; a number of NumPy or torch becomes one of Python.
+
+    Raises:
+        InputError: with its name, for anything else.
+    """
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if fault := _fault(value, kind):
+        raise InputError(f"{name}: {fault}")
+    return value
+
+
 def constants(script: dict[str, Any]) -> dict[str, Any]:
-    """The constants of a script that are flags, by name."""
-    plain = bool | int | float | str | None
-    return {k: v for k, v in script.items() if re.fullmatch(r"[A-Z][A-Z0-9_]*", k) and isinstance(v, plain)}
+    """The constants of a script that are flags, by name: those with an annotation, and plain values."""
+    plain, kinds = bool | int | float | str | None, _annotations(script)
+    named = {name: value for name, value in script.items() if re.fullmatch(r"[A-Z][A-Z0-9_]*", name)}
+    return {name: value for name, value in named.items() if name in kinds or isinstance(value, plain)}
 
 
 def first_there(*paths: str) -> str:
@@ -113,8 +197,29 @@ def first_there(*paths: str) -> str:
     return next((path for path in paths if (ROOT / path).exists()), paths[-1])
 
 
+def place() -> tuple[int, int]:
+    """Rank of this process and how many there are, as torchrun says; 0 and 1 without it.
+
+    Raises:
+        InputError: for half of what torchrun sets, as other launchers and batch scripts leave it.
+    """
+    told = {name: os.environ.get(name, "").strip() for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
+    if told["WORLD_SIZE"] in ("", "1"):
+        return 0, 1
+    bad = [name for name, value in told.items() if not value.isdecimal()]
+    bad += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
+    if bad or int(told["RANK"]) >= int(told["WORLD_SIZE"]) or not 0 < int(told["MASTER_PORT"]) < 2**16:
+        raise InputError(
+            f"WORLD_SIZE is {told['WORLD_SIZE']!r}, but what torchrun sets with it is missing or does not fit: "
+            f"{', '.join(bad) or 'RANK or MASTER_PORT'}; start with torchrun, or unset WORLD_SIZE for one process",
+            2,
+        )
+    return int(told["RANK"]), int(told["WORLD_SIZE"])
+
+
 def stop_on_signal() -> Callable[[], bool]:
-    """Lets a loop finish its step on Ctrl-C or SIGTERM, which is how SLURM ends a job; a second Ctrl-C ends at once.
+    """Lets a loop finish its step on Ctrl-C, on SIGTERM, which is how SLURM ends a job, and on SIGHUP, which comes when
+    the terminal is gone; a second Ctrl-C ends at once.
 
     Not under torchrun, which passes on the signals that its processes have had already.
 
@@ -126,16 +231,19 @@ def stop_on_signal() -> Callable[[], bool]:
     def receive(number: int, frame: object) -> None:
         received.append(number)
         if "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = signal.signal(signal.SIGINT, receive)
-    signal.signal(signal.SIGTERM, receive)
+    for number in (signal.SIGINT, *_ending()):
+        signal.signal(number, receive)
     return lambda: bool(received)
 
 
-def ignore_ctrl_c() -> None:
-    """For the workers of a pool, which the main process stops."""
+def as_worker() -> None:
+    """For the processes of a pool: the main one stops them, and when it is gone they end too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    main = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
 
 
 def pick_device(name: str) -> "torch.device":
@@ -149,9 +257,13 @@ def pick_device(name: str) -> "torch.device":
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, is_there in there.items() if is_there)
-    if not there[name]:
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device {name!r} is none: auto, cpu, cuda or mps") from None
+    if not there.get(device.type):
         raise InputError(f"no {name} device on this machine: --device auto takes what is there")
-    return torch.device(name)
+    return device
 
 
 def stop(message: str, status: int = 1) -> NoReturn:
@@ -168,41 +280,116 @@ class _Parser(argparse.ArgumentParser):
         stop(f"{Path(self.prog).name}: {message} (--help lists the flags)", 2)
 
 
-def _reader(name: str, default: Any, choices: tuple):
-    """The function that turns the text of a flag into a value; argparse prints its errors as one line."""
+def _annotations(script: dict[str, Any]) -> dict[str, Any]:
+    """What the constants of a script may be, by name."""
+    if "__annotate__" in script:  # from Python 3.14 on, annotations are computed when somebody asks (PEP 649)
+        return script["__annotate__"](1)
+    return script.get("__annotations__", {})
+
+
+def _fault(value: Any, kind: Any, name: str = "") -> str | None:
+    """What is wrong with the value of a constant of a kind, in words; None for nothing."""
+    if value == "" and name.endswith(PATH_ENDINGS):
+        return "a path is empty, as of a shell variable that is not set"
+    choices = get_args(kind)
+    if get_origin(kind) is Literal:
+        fits = any(value == choice and type(value) is type(choice) for choice in choices)
+        return None if fits else f"{value!r} is not one of {', '.join(map(str, choices))}"
+    if type(None) in choices:  # of X | None
+        return None if value is None else _fault(value, choices[0])
+    if get_origin(kind) is Annotated:
+        number, interval = choices
+        return _fault(value, number) or (None if value in interval else f"{value!r} is not a number {interval}")
+    if kind is float and type(value) in (int, float):
+        return None if math.isfinite(value) else f"{value!r} is not a finite number"
+    return None if type(value) is kind else f"{value!r} is not {_KINDS[kind]}"
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "None"}
+
+
+def _reader(kind: Any, name: str) -> Callable[[str], Any]:
+    """The function that turns the text of a flag into a value of a kind; argparse prints its errors as one line."""
 
     def read(text: str) -> Any:
-        if type(None) in choices:  # of int | None
-            return None if text == "None" else _number(name, text, choices[0])
-        if choices:
-            if text not in map(str, choices):
-                raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, choices))}")
-            return next(choice for choice in choices if str(choice) == text)
-        if isinstance(default, bool):
-            if text.lower() not in ("true", "false"):
-                raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-            return text.lower() == "true"
-        if isinstance(default, int | float):
-            return _number(name, text, type(default))
-        return None if text == "None" else text
+        value = _value(text, kind)
+        if fault := _fault(value, kind, name):
+            raise argparse.ArgumentTypeError(fault)
+        return value
 
     return read
 
 
-def _number(name: str, text: str, kind: type) -> int | float:
+def _value(text: str, kind: Any) -> Any:
+    """The value of a kind that a text stands for, or else the text itself."""
+    choices = get_args(kind)
+    if get_origin(kind) is Literal:
+        return next((choice for choice in choices if str(choice) == text), text)
+    if type(None) in choices:
+        return None if text == "None" else _value(text, choices[0])
+    if get_origin(kind) is Annotated:
+        return _value(text, choices[0])
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _ending() -> list[signal.Signals]:
+    """Signals that ask to end, but those that are ignored on purpose, as nohup does with SIGHUP."""
+    names = ("SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    there = [signal.Signals[name] for name in names if hasattr(signal, name)]
+    return [number for number in there if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+@contextmanager
+def _ending_signals() -> Iterator[None]:
+    """A signal that asks to end is raised as ``Stopped``, so that what was begun is tidied up; then as before."""
+
+    def receive(number: int, frame: object) -> NoReturn:
+        raise Stopped(number)
+
+    before = {signal.SIGINT: signal.getsignal(signal.SIGINT)}
+    before |= {number: signal.signal(number, receive) for number in _ending()}
     try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
-    if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of 0 or more")
-    if kind is int and value == 0 and name not in MAY_BE_ZERO:
-        raise argparse.ArgumentTypeError("it must be 1 or more")
-    if name == "LEARNING_RATE" and value == 0:
-        raise argparse.ArgumentTypeError("it must be more than 0")
-    if value > AT_MOST.get(name, value):
-        raise argparse.ArgumentTypeError(f"it must be {AT_MOST[name]} or less: more would never end")
-    return value
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _adapt_progress_bars(rank: int) -> None:
+    """No progress bars but those of the first process; and a line a minute where they go to a log file."""
+    given: dict[str, Any] = {"disable": True} if rank > 0 else {}
+    if not sys.stderr.isatty():
+        given |= {"mininterval": LOG_INTERVAL, "maxinterval": LOG_INTERVAL, "delay": LOG_INTERVAL}
+        given["file"] = _Lines(sys.stderr)
+
+    def start(self: tqdm, *args: Any, **kwargs: Any) -> None:
+        _START(self, *args, **kwargs | given)
+
+    tqdm.__init__ = start
+
+
+_START = tqdm.__init__
+
+
+class _Lines:
+    """A file in which each state of a progress bar is a line of its own."""
+
+    def __init__(self, file: TextIO):
+        self.file, self.encoding = file, file.encoding
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self.file.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -205,7 +205,7 @@ def test_generation_and_scores_of_two_processes_are_those_of_one(lens_data, chec
     for size in (1, 2):
         folder = tmp_path / str(size)
         flags = ["--data_dir", lens_data, "--checkpoint_path", checkpoint, "--classifier_path", classifier]
-        flags += ["--generated_dir", folder / "generated", "--report_dir", folder, "--figure_path", folder / "l.png"]
+        flags += ["--output_dir", folder / "generated", "--report_dir", folder, "--figure_path", folder / "l.png"]
         flags += ["--batch_size", 3, "--num_splits", 2, "--num_ode_steps", 2, "--device", "cpu"]
         out, *others = in_processes(size, run_quietly, "evaluate/evaluate_fld.py", flags)
         assert "Fréchet" in out
@@ -222,8 +222,9 @@ def test_generation_and_scores_of_two_processes_are_those_of_one(lens_data, chec
 
 @pytest.mark.parametrize("script", ["train/train_classifier.py", "simulate/simulate_lenses.py"])
 def test_a_script_for_one_process_says_so(script, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    place = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
     with pytest.raises(SystemExit):
         run_script(script)
     assert (
@@ -238,8 +239,9 @@ def test_more_processes_than_images_in_a_batch_is_one_line(flags, monkeypatch, t
 
 
 def test_a_process_without_a_gpu_of_its_own_is_named(monkeypatch):
-    for name, value in {"WORLD_SIZE": "8", "RANK": "3", "LOCAL_RANK": "3"}.items():
-        monkeypatch.setenv(name, value)
+    place = {"WORLD_SIZE": 8, "RANK": 3, "LOCAL_RANK": 3, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(settings.InputError, match="more processes than the 2 GPUs"):
         distributed.join(torch.device("cuda"))

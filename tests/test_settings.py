@@ -1,12 +1,18 @@
 """Constants of a script are flags of the same name; a mistake is one line and exit status 2."""
 
+import ast
+import io
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 import settings
@@ -24,13 +30,15 @@ def script(tmp_path):
     """The globals of a small script with one constant of each kind."""
     source = tmp_path / "script.py"
     source.write_text(
-        "BATCH_SIZE = 160  # Reduce when memory runs out\n"
-        "LEARNING_RATE = 1e-4  # Reduce for 100% of NaN losses\n"
-        "COMPILE = False  # Faster\nSEED = 1  # Any\nWEIGHTS_PATH = None  # A file\nDATA_DIR = 'data'  # A folder\n"
+        "from typing import Literal\nfrom settings import Count, Fraction, Positive, Whole\n"
+        "BATCH_SIZE: Count = 160  # Reduce when memory runs out\n"
+        "LEARNING_RATE: Positive = 1e-4  # Reduce for 100% of NaN losses\n"
+        "DROPOUT: Fraction = 0.1  # A share\n"
+        "COMPILE: bool = False  # Faster\nSEED: Whole = 1  # Any\nWEIGHTS_PATH = None  # A file\n"
+        "DATA_DIR: str = 'data'  # A folder\nMODE: Literal[None, 'a', 'b'] = None  # One of these\n"
     )
-    script = {"__file__": str(source), "__doc__": "A script.", "__annotations__": {"MODE": Literal[None, "a", "b"]}}
+    script = {"__file__": str(source), "__doc__": "A script."}
     exec(source.read_text(), script)
-    script["MODE"] = None
     return script
 
 
@@ -57,7 +65,7 @@ def test_flags_replace_constants_and_keep_their_type(script):
 @pytest.mark.parametrize(("text", "value"), [("7", 7), ("None", None)])
 def test_a_number_that_may_be_none_is_read_as_either(script, text, value):
     script |= {"STEPS": None, "SCALE": 2.0}
-    script["__annotations__"] |= {"STEPS": int | None, "SCALE": float | None}
+    script["__annotations__"] |= {"STEPS": settings.Count | None, "SCALE": settings.NotNegative | None}
     settings.from_flags(script, ["--steps", text, "--scale", text])
     assert (script["STEPS"], script["SCALE"]) == (value, value)
     with pytest.raises(SystemExit):
@@ -84,14 +92,16 @@ def test_paths_in_a_script_are_inside_the_repository_and_paths_in_a_flag_are_not
         ("--batch 32", "unrecognized arguments: --batch"),
         ("--batch_size many", "'many' is not a whole number"),
         ("--batch_size 1.5", "'1.5' is not a whole number"),
-        ("--batch_size 0", "must be 1 or more"),
-        ("--batch_size -3", "'-3' is not a finite number of 0 or more"),
-        ("--learning_rate nan", "'nan' is not a finite number"),
-        ("--learning_rate 0", "must be more than 0"),
+        ("--batch_size 0", "0 is not a number from 1 to 1,000,000,000"),
+        ("--batch_size -3", "-3 is not a number from 1"),
+        ("--learning_rate nan", "nan is not a finite number"),
+        ("--learning_rate 0", "0.0 is not a number above 0"),
         ("--learning_rate fast", "'fast' is not a number"),
-        ("--compile yes", "'yes' is neither true nor false"),
+        ("--dropout 1", "1.0 is not a number from 0 and below 1"),
+        ("--compile yes", "'yes' is not true or false"),
         ("--mode c", "'c' is not one of None, a, b"),
         ("--batch_size", "expected one argument"),
+        ("--data_dir=", "a path is empty"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(script, capsys, flags, complaint):
@@ -103,11 +113,67 @@ def test_a_mistake_is_one_line_and_status_2(script, capsys, flags, complaint):
     assert complaint in lines[0]
 
 
-@pytest.mark.parametrize("name", ["SEED", "PATCH_BASIS", "CHECKPOINT_SAVE_STEPS"])
-def test_zero_is_taken_where_it_means_something(script, name):
-    script[name] = 3
-    settings.from_flags(script, [f"--{name.lower()}", "0"])
-    assert script[name] == 0
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("BATCH_SIZE", 0, "0 is not a number from 1 to"),
+        ("BATCH_SIZE", 16.0, "16.0 is not a whole number"),
+        ("BATCH_SIZE", True, "True is not a whole number"),
+        ("BATCH_SIZE", [16], r"\[16\] is not a whole number"),
+        ("LEARNING_RATE", 0, "0 is not a number above 0"),
+        ("LEARNING_RATE", "1e-4", "'1e-4' is not a number"),
+        ("LEARNING_RATE", float("inf"), "inf is not a finite number"),
+        ("DROPOUT", 2, "2 is not a number from 0 and below 1"),
+        ("COMPILE", "yes", "'yes' is not true or false"),
+        ("COMPILE", 1, "1 is not true or false"),
+        ("SEED", -1, "-1 is not a number from 0"),
+        ("DATA_DIR", None, "None is not a text"),
+        ("MODE", "A", "'A' is not one of None, a, b"),
+        ("MODE", int, "is not one of None, a, b"),
+    ],
+)
+def test_a_constant_edited_in_the_script_is_checked_as_a_flag_is(script, capsys, name, value, complaint):
+    script[name] = value
+    with pytest.raises(SystemExit) as stopped:
+        settings.from_flags(script, [])
+    assert stopped.value.code == 2
+    assert re.fullmatch(rf"script.py: {name} = .*: .*{complaint}.*\n", capsys.readouterr().err)
+
+
+def test_a_whole_number_may_stand_for_another_one(script):
+    script |= {"LEARNING_RATE": 1, "SEED": 0}
+    settings.from_flags(script, [])
+    assert (script["LEARNING_RATE"], script["SEED"]) == (1, 0)
+
+
+@pytest.mark.parametrize("script_path", SCRIPTS)
+def test_the_annotation_of_every_constant_says_what_it_may_be(script_path):
+    tree = ast.parse((ROOT / script_path).read_text(encoding="utf-8"))
+    plain = [
+        node.targets[0].id for node in tree.body if isinstance(node, ast.Assign) and hasattr(node.targets[0], "id")
+    ]
+    assert not [name for name in plain if re.fullmatch(r"[A-Z][A-Z0-9_]*", name)]
+    annotations = [node for node in tree.body if isinstance(node, ast.AnnAssign)]
+    numbers = [
+        node.target.id for node in annotations if ast.unparse(node.annotation).split(" |")[0] in ("int", "float")
+    ]
+    assert not numbers, "say from where to where"
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        (np.int64(2), settings.Count, 2),
+        (torch.tensor(3), settings.Count, 3),
+        (np.float32(1.5), settings.NotNegative, 1.5),
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_numbers(value, kind, expected):
+    found = settings.checked("steps", value, kind)
+    assert found == expected
+    assert type(found) is type(expected)
+    with pytest.raises(settings.InputError, match="steps: "):
+        settings.checked("steps", np.array([2]), kind)
 
 
 def test_a_required_constant_must_be_given(script, capsys):
@@ -163,6 +229,132 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
     assert settings.pick_device("cpu").type == "cpu"
     with pytest.raises(settings.InputError, match="no cuda device"):
         settings.pick_device("cuda")
+
+
+# Where scripts run
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"},
+        {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1251"},
+        {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp932"},
+        {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+    ],
+)
+def test_any_console_shows_what_a_script_says(tmp_path, environment):
+    (tmp_path / "script.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport settings\n"
+        "DATA_DIR: str = 'data'  # Fréchet’s folder\n"
+        "def main():\n    print('Fréchet ± 1', DATA_DIR)\n    raise settings.InputError('é – ' + DATA_DIR)\n"
+        "settings.run(main, globals())\n",
+        encoding="utf-8",
+    )
+    bytes_of_a_name = os.fsencode(tmp_path) + b"/\xff\xe9"
+    command = [sys.executable, str(tmp_path / "script.py"), "--data_dir", bytes_of_a_name]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True)
+    assert done.returncode == 1
+    assert b"chet" in done.stdout
+    assert b"Traceback" not in done.stderr
+    helped = subprocess.run([*command[:2], "--help"], env=os.environ | environment, capture_output=True)
+    assert helped.returncode == 0
+    assert b"chet" in helped.stdout
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": ""}, {"WORLD_SIZE": "1"}, {"RANK": "3"}, {"MASTER_PORT": "1"}])
+def test_what_is_left_of_torchrun_does_not_matter_to_one_process(monkeypatch, environment):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert settings.place() == (0, 1)
+
+
+FOUR = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+def test_half_of_what_torchrun_sets_is_one_line(script, monkeypatch, capsys):
+    for name, value in FOUR.items():
+        monkeypatch.setenv(name, value)
+    assert settings.place() == (2, 4)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    for name, value in [
+        (name, value) for name in FOUR for value in ("", None, "x") if name != "MASTER_ADDR" or not value
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value or "")
+            if value is None:
+                patch.delenv(name)
+            if name == "WORLD_SIZE" and not value:
+                continue
+            with pytest.raises(SystemExit) as stopped:
+                settings.run(lambda: None, script, torchrun=True)
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        assert name in error
+    for name, value in (("WORLD_SIZE", "0"), ("MASTER_PORT", "0"), ("MASTER_PORT", "99999"), ("RANK", "4")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(settings.InputError, match="does not fit: RANK or MASTER_PORT"):
+                settings.place()
+    monkeypatch.setenv("RANK", "4")
+    with pytest.raises(settings.InputError, match="does not fit: RANK or MASTER_PORT"):
+        settings.place()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_script_that_is_asked_to_end_tidies_up(script, monkeypatch, capsys, number):
+    tidied = []
+
+    def main():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            tidied.append(True)
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        settings.run(main, script)
+    assert (stopped.value.code, tidied) == (128 + number, [True])
+    assert capsys.readouterr().err == "stopped\n"
+    assert signal.getsignal(number) is before
+
+
+def test_nohup_is_obeyed(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_asked = settings.stop_on_signal()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop_asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_progress_bar_in_a_log_file_is_a_line_a_minute(monkeypatch, terminal):
+    """With a clock of its own: 300 steps of a second."""
+    clock, log = [0.0], io.StringIO()
+    log.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", log)
+    settings._adapt_progress_bars(0)
+    bar = settings.tqdm(total=300, file=log, desc="training", leave=False)
+    bar._time = lambda: clock[0]
+    bar.start_t = bar.last_print_t = 0.0
+    for _ in range(300):
+        clock[0] += 1
+        bar.update()
+    bar.close()
+    written = log.getvalue()
+    if terminal:
+        assert written.count("\r") > 100
+    else:
+        assert "\r" not in written
+        lines = written.splitlines()
+        assert 4 <= len(lines) <= 6
+        assert all(line.startswith("training: ") for line in lines)
 
 
 def test_the_scripts_are_those_that_the_readme_names():
