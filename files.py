@@ -1,13 +1,26 @@
-"""Files that are never half there."""
+"""Files that are never half there, and folders that belong to one run at a time."""
 
 import errno
+import io
+import itertools
 import os
-from collections.abc import Iterator
+import shlex
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
+
+from settings import InputError
+
+_LOCK, _HOLDER = ".lock", ".lock_holder"  # what holds a folder, and who it is, for people
+_held: dict[Path, FileLock] = {}
 
 
 @contextmanager
@@ -43,4 +56,110 @@ def whole(path: str | Path, sync: bool = False) -> Iterator[BinaryIO]:
 def save_array(path: str | Path, array: np.ndarray) -> None:
     """Writes a .npy file, whole or not at all."""
     with whole(path) as file:
-        np.save(file, array)
+        file.write(npy_bytes(array))
+
+
+def npy_bytes(array: np.ndarray) -> memoryview:
+    """The content of a .npy file; NumPy itself dies of a full disk without a word about it."""
+    packed = io.BytesIO()
+    np.save(packed, array)
+    return packed.getbuffer()
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there is nothing in a folder but hidden files, or no such folder."""
+    return not folder.exists() or not any(not path.name.startswith(".") for path in folder.iterdir())
+
+
+def contents(folder: Path) -> str:
+    """What a folder holds, in words."""
+    if not folder.is_dir():
+        return "is a file" if folder.exists() else "does not exist"
+    if is_empty(folder):
+        return "is empty"
+    visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    endings = Counter(path.suffix or "other" for path in visible if not path.is_dir())
+    files = [f"{count} {ending} file{'s' if count > 1 else ''}" for ending, count in endings.most_common(4)]
+    folders = [f"{path.name}/" for path in visible if path.is_dir()]
+    return f"holds {', '.join(files + folders[:6])}{', ...' if len(endings) > 4 or len(folders) > 6 else ''}"
+
+
+def set_aside(folder: Path, paths: Iterable[Path]) -> None:
+    """Moves what there is of some paths in a folder, files and folders that are not empty, to a new folder in it."""
+    there = [path for path in paths if path.is_file() or (path.is_dir() and any(path.iterdir()))]
+    if there:
+        aside = next(path for n in itertools.count(1) if not (path := folder / f"earlier_{n}").exists())
+        aside.mkdir()
+        for path in there:
+            path.rename(aside / path.name)
+        print(f"What an earlier run has left in {folder} is in {aside} now")
+
+
+def claim(folder: str | Path, marker: str) -> None:
+    """Holds a folder that is empty or was made here, which a file in it says that is called ``marker``.
+
+    Raises:
+        InputError: for a folder that something else made, or that another process has.
+    """
+    folder = Path(folder)
+    if not is_empty(folder) and not (folder / marker).exists():
+        raise InputError(f"{folder} was not made here: it {contents(folder)}. Choose another folder to write to")
+    hold(folder)
+    with whole(folder / marker) as file:
+        file.write(b"Made by a script, which may write anything anew here.\n")
+
+
+def hold(folder: str | Path) -> None:
+    """Makes a folder, which then belongs to this process until it ends or calls ``release``.
+
+    The lock is the operating system's, so a process that was killed holds nothing.
+
+    Raises:
+        InputError: when another process has it; the text says who.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    key = folder.resolve()
+    if key in _held:
+        return
+    lock = FileLock(key / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder_of(folder) or "another process"
+        raise InputError(f"{folder} is in use: wait, or choose another folder; it belongs to {who}") from None
+    except NotImplementedError:  # a file system without locks
+        print(f"{folder} cannot be locked on this file system: see to it that no other run writes there")
+        return
+    _held[key] = lock
+    since, command = time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv)
+    who = f"process {os.getpid()} on {socket.gethostname()}, since {since}: {command}"
+    with whole(key / _HOLDER) as file:
+        file.write(who.encode("utf-8", "replace"))
+
+
+def holder_of(folder: str | Path) -> str | None:
+    """Which other process has a folder, in words; None for nobody."""
+    lock, who = Path(folder) / _LOCK, Path(folder) / _HOLDER
+    if not lock.exists() or Path(folder).resolve() in _held:
+        return None
+    attempt = FileLock(lock)
+    try:
+        attempt.acquire(timeout=0)
+        attempt.release()
+    except Timeout:
+        return who.read_text(encoding="utf-8", errors="replace") if who.exists() else "another process"
+    except (OSError, NotImplementedError):  # nobody can write there
+        return None
+    return None
+
+
+def release() -> None:
+    """Gives back every folder that this process holds."""
+    while _held:
+        folder, lock = _held.popitem()
+        with suppress(OSError):  # the folder may be gone
+            (folder / _HOLDER).unlink()
+        lock.release()

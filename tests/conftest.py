@@ -67,6 +67,7 @@ def data_copy(lens_data, tmp_path) -> Path:
 @pytest.fixture
 def train(monkeypatch, lens_data, tmp_path):
     """Runs main() of train_diffusion with the tiny settings, in this process, and returns its OUTPUT_DIR."""
+    import files
     import settings
     from train import train_diffusion
 
@@ -76,7 +77,10 @@ def train(monkeypatch, lens_data, tmp_path):
         settings.from_flags(script, flags)
         for name, value in ({k: v for k, v in script.items() if k.isupper()} | constants).items():
             monkeypatch.setattr(train_diffusion, name, value)
-        train_diffusion.main()
+        try:
+            train_diffusion.main()
+        finally:
+            files.release()
         return output
 
     return run
