@@ -7,12 +7,19 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+import nanodit_path  # noqa: F401
 from files import whole
+from settings import InputError
+
+_FORMATS = ("png", "pdf", "svg", "jpg")
+own_style = style.context("default")  # decorates what draws: a matplotlibrc must not change the pictures of a run
 
 
+@own_style
 def image_grid(rows: dict[str, np.ndarray], title: str = "", signed: Collection[str] = ()) -> Figure:
     """Rows of lens images, each with its name to the left.
 
@@ -27,16 +34,17 @@ def image_grid(rows: dict[str, np.ndarray], title: str = "", signed: Collection[
         axis.set(xticks=[], yticks=[])
         axis.set_frame_on(False)
     for axes_of_row, (name, images) in zip(axes, rows.items(), strict=True):
-        axes_of_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        axes_of_row[0].set_ylabel(_literal(name), rotation=0, ha="right", va="center")
         shown = {"cmap": "inferno", "vmin": 0, "vmax": 1}
         if name in signed:
             shown = {"cmap": "RdBu_r", "vmin": -0.05, "vmax": 0.05}
         for axis, image in zip(axes_of_row, images, strict=False):
             axis.imshow(np.asarray(image).reshape(image.shape[-2:]), origin="lower", **shown)
-    figure.suptitle(title)
+    figure.suptitle(_literal(title))
     return figure
 
 
+@own_style
 def training_curves(folder: str | Path, history: list[dict[str, float]], panels: list[list[str]]) -> None:
     """Writes training_metrics.csv, a row an epoch, and training_metrics.png, a panel for each list of its columns."""
     folder = Path(folder)
@@ -57,11 +65,13 @@ def training_curves(folder: str | Path, history: list[dict[str, float]], panels:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend()
-        if not any("accuracy" in column for column in columns):
+        positive = any(row[column] > 0 for row in history for column in columns)
+        if positive and not any("accuracy" in column for column in columns):
             axis.set_yscale("log")
     save(figure, folder / "training_metrics.png")
 
 
+@own_style
 def confusion_matrix(counts: np.ndarray, classes: tuple[str, ...], title: str = "") -> Figure:
     """A confusion matrix: counts[i, j] images of class i called class j, with their share of class i."""
     figure = Figure(figsize=(4.5, 4), layout="constrained")
@@ -73,10 +83,11 @@ def confusion_matrix(counts: np.ndarray, classes: tuple[str, ...], title: str = 
         axis.text(j, i, f"{count}\n{share[i, j]:.1%}", ha="center", va="center", color=color)
     axis.set_xticks(range(len(classes)), classes)
     axis.set_yticks(range(len(classes)), classes)
-    axis.set(xlabel="called", ylabel="true", title=title)
+    axis.set(xlabel="called", ylabel="true", title=_literal(title))
     return figure
 
 
+@own_style
 def bands(
     x: np.ndarray, panels: dict[str, dict[str, np.ndarray]], xlabel: str, ylabel: str, log: bool = False
 ) -> Figure:
@@ -86,7 +97,7 @@ def bands(
         for number, (name, values) in enumerate(curves.items()):
             low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=0)
             color = f"C{number}"
-            axis.plot(x, middle, color=color, label=name)
+            axis.plot(x, middle, color=color, label=_literal(name))
             if number == 0:
                 axis.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
             else:
@@ -97,6 +108,7 @@ def bands(
     return figure
 
 
+@own_style
 def histograms(panels: dict[str, dict[str, np.ndarray]], xlabel: str) -> Figure:
     """Distributions of positive numbers on a logarithmic axis: panel -> name -> (n,)."""
     figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
@@ -106,7 +118,7 @@ def histograms(panels: dict[str, dict[str, np.ndarray]], xlabel: str) -> Figure:
         for name, values in samples.items():
             share = np.full(len(values), 1 / len(values))
             within = values.clip(edges[0], edges[-1])
-            axis.hist(within, edges, weights=share, histtype="step", linewidth=1.5, label=name)
+            axis.hist(within, edges, weights=share, histtype="step", linewidth=1.5, label=_literal(name))
         axis.set(title=title, xlabel=xlabel, ylabel="share of images", xscale="log")
         axis.set_xlim(10 ** np.floor(np.log10(edges[0])), 10 ** np.ceil(np.log10(edges[-1])))  # labels at decades alone
         axis.grid(alpha=0.3)
@@ -114,8 +126,22 @@ def histograms(panels: dict[str, dict[str, np.ndarray]], xlabel: str) -> Figure:
     return figure
 
 
+def _literal(text: str) -> str:
+    """A text in which dollars do not stand for mathematics: names of folders are anything."""
+    return text.replace("$", r"\$")
+
+
+def check_format(path: str | Path) -> None:
+    """Raises InputError unless figures can be written to a path, in the format that its ending names."""
+    if Path(path).suffix[1:].lower() not in _FORMATS:
+        raise InputError(f"{path}: its name must end in one of {', '.join(f'.{ending}' for ending in _FORMATS)}")
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder: a picture needs a name that is free")
+
+
+@own_style
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes a figure, making its folder when there is none."""
+    """Writes a figure in the format that the ending of its path names, making its folder when there is none."""
     with whole(path) as file:
-        figure.savefig(file, dpi=120)
+        figure.savefig(file, dpi=120, format=Path(path).suffix[1:].lower())
     gc.collect()  # the parts of a figure refer to each other, and memory would grow until they are looked for

@@ -1,0 +1,63 @@
+"""Pictures are what their name says, whatever the user's own matplotlib is set to."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import plots
+from settings import InputError
+
+CODE = """
+import numpy as np, plots, sys
+plots.training_curves(sys.argv[1], [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.5}], [["loss"]])
+plots.save(plots.image_grid({"a_b": np.zeros((1, 8, 8))}, "x_y"), sys.argv[1] + "/grid.png")
+"""
+
+
+@pytest.mark.parametrize("setting", ["text.usetex: True", "savefig.format: pdf", "axes.facecolor: black"])
+def test_somebody_elses_matplotlibrc_changes_no_picture(tmp_path, setting):
+    (tmp_path / "matplotlibrc").write_text(setting)
+    written = {}
+    for folder, environment in (("plain", {}), ("styled", {"MATPLOTLIBRC": str(tmp_path)})):
+        command = [sys.executable, "-c", CODE, str(tmp_path / folder)]
+        subprocess.run(command, cwd=ROOT, env={"PATH": "", **environment}, check=True, capture_output=True)
+        written[folder] = [(tmp_path / folder / name).read_bytes() for name in ("training_metrics.png", "grid.png")]
+    assert written["plain"] == written["styled"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml"), ("PNG", b"\x89P")]
+)
+def test_a_picture_is_in_the_format_of_its_name(tmp_path, ending, start):
+    path = tmp_path / f"picture.{ending}"
+    plots.check_format(path)
+    plots.save(plots.image_grid({"a": np.zeros((1, 8, 8))}), path)
+    assert path.read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("name", ["picture", "picture.", "picture.docx", "png", "picture.pgf"])
+def test_a_format_that_is_none_is_named_before_anything_else(name):
+    with pytest.raises(InputError, match=rf"{name}: its name must end in one of .*\.pdf"):
+        plots.check_format(name)
+
+
+def test_a_folder_is_no_picture(tmp_path):
+    (tmp_path / "lenses.png").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        plots.check_format(tmp_path / "lenses.png")
+
+
+def test_names_of_folders_are_shown_as_they_are(tmp_path):
+    name, curve = "a$x^$b_{", np.ones((3, 5))
+    for number, figure in enumerate(
+        [
+            plots.image_grid({name: np.zeros((1, 8, 8))}, name),
+            plots.bands(np.arange(5), {"cdm": {name: curve}, "axion": {name: curve}}, "x", "y", log=True),
+            plots.histograms({"cdm": {name: curve[0]}, "axion": {name: curve[0]}}, "x"),
+            plots.confusion_matrix(np.eye(3, dtype=int), ("a", "b", "c"), name),
+        ]
+    ):
+        plots.save(figure, tmp_path / f"{number}.png")
