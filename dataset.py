@@ -3,15 +3,17 @@
     data/axion/*.npy   data/cdm/*.npy   data/no_sub/*.npy
 
 A file holds one 64x64 image of any numeric type and any range. The published axion files hold ``[image, axion mass]``
-as a pickled object array; they load too, but nothing in a file can run code: see ``_read_pickled_pair``.
+as a pickled object array; they load too, but nothing in a file can run code: see ``_read_pickled_pair``. What hides an
+image when it is scaled (NaN, a pixel of -999, the same value everywhere) makes its file a bad one.
 """
 
+import copy
 import hashlib
 import io
 import os
 import pickle
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import nanodit_path  # noqa: F401
 from files import save_array
 from settings import InputError
 
@@ -30,7 +33,10 @@ CLASSES = ("axion", "cdm", "no_sub")  # alphabetical, as the published labels 0,
 IMG_SIZE = 64
 
 _SHAPES = ((IMG_SIZE, IMG_SIZE), (1, IMG_SIZE, IMG_SIZE), (IMG_SIZE, IMG_SIZE, 1))
-_VERSION = 1  # of the cache; change it when what is read from a file changes
+_VERSION = 2  # of the cache; change it when what is read from a file changes
+# Some pixels hide the others when all but 1% on either side have less than this share of the range of an image, or when
+# no pixel has a value in so large a share of it
+_LEAST, _GAP = 0.02, 0.9
 _LARGEST_FILE = 2**20  # bytes; an image of the widest numeric type takes an eighth of it
 
 
@@ -42,16 +48,19 @@ class NpyDataset(Dataset):
         transform: what ``dataset[i]`` applies to the images, (..., 1, 64, 64) in [0, 1]; nothing when None.
         split: "train", "val", "test" or "all"; see ``split_of``.
         on_bad_file: "raise" reports every bad file of the folder and stops, "skip" reports them and goes on.
+        on_missing_class: "raise" stops when a class has no image in the split, "go_on" does not.
+        cache_dir: where the packed images are kept; in ``root_dir`` when None.
 
     Attributes:
         images: (n, 1, 64, 64) float32, each scaled to [0, 1] by its own minimum and maximum; read when first used.
         labels: (n,) int64, index into ``classes``.
         axion_mass: (n,) float64 in eV, NaN where the file gives none.
         files: path of each image relative to ``root_dir``.
-        fingerprint: another one when any file of the folder has changed.
+        cache_dir: where what is computed of the images is kept.
+        fingerprint: another one when any file of the folder has been written anew.
 
     Raises:
-        InputError: for a folder without the three classes, with bad files, or with no image in the split.
+        InputError: for a folder without the three classes, with bad files, or with no image of a class in the split.
     """
 
     def __init__(
@@ -60,19 +69,48 @@ class NpyDataset(Dataset):
         transform: Callable[[Tensor], Tensor] | None = None,
         split: str = "all",
         on_bad_file: str = "raise",
+        on_missing_class: str = "raise",
+        cache_dir: str | Path | None = None,
     ):
         self.root_dir = Path(root_dir)
+        self.cache_dir = _cache_folder(self.root_dir, cache_dir)
         self.transform = transform
         self.classes = CLASSES
         self.class_to_idx = {name: label for label, name in enumerate(CLASSES)}
-        packed, self.fingerprint = _load_folder(self.root_dir, on_bad_file)
-        keep = np.flatnonzero([split in ("all", split_of(file)) for file in packed["file"]])
-        if not len(keep):
-            raise InputError(f"{root_dir}: none of its {len(packed)} images is in the part {split!r}; add images")
-        self.files = packed["file"][keep].tolist()
-        self.labels = torch.tensor([self.class_to_idx[file.split("/")[0]] for file in self.files])
-        self.axion_mass = packed["axion_mass"][keep].copy()
-        self._packed, self._keep = packed["image"], keep
+        self._packed, self.fingerprint = _load_folder(self.root_dir, on_bad_file, self.cache_dir)
+        vars(self).update(vars(self.part(split, on_missing_class)))
+
+    def part(self, split: str, on_missing_class: str = "raise") -> "NpyDataset":
+        """Another split of the same folder, which is not read again."""
+        other = self.only(file for file in self._packed["file"].tolist() if split in ("all", split_of(file)))
+        missing = [name for name, count in other.counts().items() if not count]
+        if missing and (on_missing_class == "raise" or not len(other)):
+            classes = [file.split("/")[0] for file in self._packed["file"].tolist()]
+            problems = (_why_missing(self.root_dir / name, classes.count(name), split) for name in missing)
+            raise InputError("; ".join(problems), status=2)
+        return other
+
+    def only(self, files: Iterable[str]) -> "NpyDataset":
+        """The images of the same folder whose paths in it are among ``files``."""
+        other, wanted = copy.copy(self), set(files)
+        other.__dict__.pop("images", None)
+        other._keep = np.flatnonzero([file in wanted for file in self._packed["file"].tolist()])
+        other.files = self._packed["file"][other._keep].tolist()
+        other.labels = torch.tensor([self.class_to_idx[file.split("/")[0]] for file in other.files], dtype=torch.long)
+        other.axion_mass = self._packed["axion_mass"][other._keep].copy()
+        return other
+
+    def counts(self) -> dict[str, int]:
+        """Number of images of each class."""
+        return dict(zip(CLASSES, torch.bincount(self.labels, minlength=len(CLASSES)).tolist(), strict=True))
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of names and pixels, the same for a copy of the folder; another one when an image is another."""
+        digest = hashlib.blake2b(repr(self.files).encode(), digest_size=8)
+        for some in torch.arange(len(self)).split(4096):
+            digest.update(self.read(some).numpy())
+        return digest.hexdigest()
 
     @cached_property
     def images(self) -> Tensor:
@@ -81,7 +119,7 @@ class NpyDataset(Dataset):
     def read(self, index: Tensor | slice) -> Tensor:
         """Some of ``images``, read from the cache on disk without keeping the others in memory."""
         index = self._keep[np.asarray(index) if isinstance(index, Tensor) else index]
-        return torch.from_numpy(self._packed[index])
+        return torch.from_numpy(self._packed["image"][index])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,6 +135,41 @@ class NpyDataset(Dataset):
         if device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             self.images, self.labels = self.images.to(device), self.labels.to(device)
         return self
+
+
+def load_parts(
+    root_dir: str | Path,
+    *splits: str,
+    on_bad_file: str = "raise",
+    on_missing_class: str = "raise",
+    cache_dir: str | Path | None = None,
+) -> list[NpyDataset]:
+    """Splits of a folder, which is read once, after a table of how many images of each class every split has.
+
+    Raises:
+        InputError: see ``NpyDataset``.
+    """
+    folder = NpyDataset(root_dir, None, "all", on_bad_file, "go_on", cache_dir)
+    print_counts({split: folder.part(split, "go_on") for split in ("train", "val", "test")}, str(root_dir))
+    return [folder.part(split, on_missing_class) for split in splits]
+
+
+def print_counts(parts: dict[str, NpyDataset], title: str) -> None:
+    """A table of the images of each class in each part."""
+    width = max(map(len, (title, *parts)))
+    print(f"{title:{width}}" + "".join(f"{name:>9}" for name in CLASSES))
+    for name, part in parts.items():
+        print(f"{name:{width}}" + "".join(f"{count:9,}" for count in part.counts().values()))
+
+
+def some_of_each_class(labels: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Indices of ``count`` random images of every class, or of all it has, class by class.
+
+    Random, since the order of the files may be that of a property of the lenses.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    of_classes = (torch.nonzero(labels == label).flatten() for label in range(len(CLASSES)))
+    return torch.cat([of[torch.randperm(len(of), generator=generator)[:count]] for of in of_classes])
 
 
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
@@ -145,7 +218,8 @@ def split_of(file: str | Path) -> str:
 
     So adding, removing or moving other files never changes it.
     """
-    fraction = int.from_bytes(hashlib.sha256(Path(file).name.encode()).digest()[:8], "big") / 2**64
+    name = os.fsencode(Path(file).name)  # which need not be UTF-8
+    fraction = int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
     return "train" if fraction < 0.7 else "val" if fraction < 0.85 else "test"
 
 
@@ -167,13 +241,37 @@ def read_image(path: str | Path) -> tuple[np.ndarray, float]:
         if status.st_size > _LARGEST_FILE:
             raise InputError(f"is larger than any {IMG_SIZE}x{IMG_SIZE} image")
         image, mass = _read_npy(Path(path).read_bytes())
-        if not np.isfinite(image).all():
-            raise InputError("holds NaN or Inf")
+        if problem := _what_hides(image):
+            raise InputError(problem)
         return normalize(image).numpy(), mass
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _what_hides(pixels: np.ndarray) -> str | None:
+    """What leaves nothing of an image that is scaled to its minimum and maximum, in words; None for nothing."""
+    if not np.isfinite(pixels).all():
+        return "holds NaN or Inf"
+    values = np.sort(pixels, axis=None)
+    if values[0] == values[-1]:
+        return f"is blank: every pixel is {values[0]:g}"
+    scaled = values / max(abs(values[0]), abs(values[-1]))
+    steps = np.diff(scaled)
+    edge = int(steps.argmax()) + 1
+    few, rest = sorted((values[:edge], values[edge:]), key=len)
+    whole_range, one_in_a_hundred = scaled[-1] - scaled[0], len(values) // 100
+    if steps.max() >= _GAP * whole_range and (len(few) <= 4 or rest[0] < rest[-1]):  # unless it is in two values
+        count = "1 pixel" if len(few) == 1 else f"{len(few)} pixels"
+        return f"has {count} from {few[0]:g} to {few[-1]:g}, which hide the others, from {rest[0]:g} to {rest[-1]:g}"
+    most = scaled[-1 - one_in_a_hundred] - scaled[one_in_a_hundred]
+    if 0 < most < _LEAST * whole_range:
+        rest = values[one_in_a_hundred : -1 - one_in_a_hundred]
+        return (
+            f"has pixels from {values[0]:g} to {values[-1]:g}, which hide the others, from {rest[0]:g} to {rest[-1]:g}"
+        )
+    return None
 
 
 def _read_npy(content: bytes) -> tuple[np.ndarray, float]:
@@ -244,14 +342,38 @@ def _read_pickled_pair(body: bytes) -> tuple[np.ndarray, float]:
         raise InputError("is not a pair of image and axion mass, or is damaged") from None
 
 
-def _load_folder(root: Path, on_bad_file: str) -> tuple[np.ndarray, str]:
+def _cache_folder(root: Path, cache_dir: str | Path | None) -> Path:
+    """Where the cache of a folder is: in the folder, or in one of its own under ``cache_dir``."""
+    if cache_dir is None:
+        return root
+    place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
+    return Path(cache_dir) / f"{root.resolve().name}_{place}"
+
+
+def _why_missing(folder: Path, count: int, split: str) -> str:
+    """Why a class has no image in a split, of ``count`` in all, and what can be done."""
+    if count:
+        return (
+            f"{folder}: none of its {count} images is in the part {split!r}, to which a hash of the name assigns them: "
+            "add images"
+        )
+    if not folder.is_dir():
+        return f"{folder.parent}: no folder {folder.name} with .npy files; simulate/simulate_lenses.py makes all three"
+    here = [name for name in os.listdir(folder) if is_image_file(name)]
+    deeper = next((path.parent for path in sorted(folder.glob("*/**/*.npy")) if is_image_file(path.name)), None)
+    if here:
+        return f"{folder}: all of its {len(here)} files are bad"
+    return f"{folder}: no .npy files in it" + (f", but in {deeper}: move them up" if deeper else "")
+
+
+def _load_folder(root: Path, on_bad_file: str, cache_dir: Path) -> tuple[np.ndarray, str]:
     """All images of a folder as an array of records (file, image, axion_mass), from its cache when that is fresh.
 
     Also the fingerprint that tells when it is.
     """
     listing = _list_files(root)
     fingerprint = hashlib.sha256(repr((listing, _VERSION)).encode()).hexdigest()[:16]
-    cache = root / f".lens_cache_{fingerprint}.npy"
+    cache = cache_dir / f".lens_cache_{fingerprint}.npy"
     try:
         return np.load(cache, mmap_mode="r", allow_pickle=False), fingerprint
     except (OSError, ValueError, EOFError):  # absent, or cut short by a full disk
@@ -276,23 +398,26 @@ def _load_folder(root: Path, on_bad_file: str) -> tuple[np.ndarray, str]:
 
 def _list_files(root: Path) -> list[tuple[str, int, int, int]]:
     """(relative path, size, times of change) of every image, which tells when the folder has changed."""
-    missing = [name for name in CLASSES if not (root / name).is_dir()]
-    if missing:
+    there = [name for name in CLASSES if (root / name).is_dir()]
+    if not there:
         raise InputError(
-            f"{root}: no folder {' or '.join(missing)} with .npy files; simulate/simulate_lenses.py makes all three"
+            f"{root}: no folder {' or '.join(CLASSES)} with .npy files; simulate/simulate_lenses.py makes all three", 2
         )
     listing = []
-    for name in CLASSES:
+    for name in there:
         with os.scandir(root / name) as entries:
             for entry in entries:
-                if is_image_file(entry.name):
+                if entry.is_dir(follow_symlinks=False) and any(map(is_image_file, os.listdir(entry))):
+                    print(f"{entry.path}: its images are left out, as only those of {root / name} itself count")
+                elif is_image_file(entry.name):
                     try:
                         status = entry.stat()
                         listing.append((f"{name}/{entry.name}", status.st_size, status.st_mtime_ns, status.st_ctime_ns))
                     except OSError:  # a broken link; reading it will say so
                         listing.append((f"{name}/{entry.name}", -1, -1, -1))
     if not listing:
-        raise InputError(f"{root}: no .npy files in its class folders")
+        problems = "; ".join(_why_missing(root / name, 0, "all") for name in CLASSES)
+        raise InputError(f"{root}: no .npy files in its class folders: {problems}", status=2)
     return sorted(listing)
 
 
@@ -304,4 +429,5 @@ def _write_cache(path: Path, packed: np.ndarray) -> None:
             if old != path:
                 old.unlink(missing_ok=True)  # another script may be at the same
     except OSError as error:
-        print(f"{path} cannot be written ({error.strerror}): the files will be read again next time")
+        advice = "the files will be read again next time, unless CACHE_DIR names a folder that can be written to"
+        print(f"{path} cannot be written ({error.strerror}): {advice}")

@@ -4,6 +4,8 @@ import io
 import math
 import os
 import pickle
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -20,8 +22,10 @@ from dataset import (
     classifier_transforms,
     diffusion_transforms,
     epoch_batches,
+    load_parts,
     normalize,
     read_image,
+    some_of_each_class,
     split_of,
 )
 from settings import InputError
@@ -76,11 +80,17 @@ def test_column_major_files_are_not_transposed(tmp_path):
 @example(np.full((64, 64), 7), 1)
 def test_range_is_any(tmp_path, array, factor):
     scaled = array * np.float64(factor)
-    image, _ = read_image(write(tmp_path / "x.npy", scaled))
+    image = normalize(scaled).numpy()
     assert image.min() == 0
     assert image.max() == (1 if np.ptp(scaled) > 0 else 0)
     order = np.argsort(scaled, axis=None, kind="stable")
     assert (np.diff(image.flatten()[order]) >= 0).all()
+    try:
+        read, _ = read_image(write(tmp_path / "x.npy", scaled))
+    except InputError as error:
+        assert re.search("is blank|hide the others", str(error))  # noqa: PT017
+    else:
+        np.testing.assert_array_equal(read, image)
 
 
 @pytest.mark.parametrize("values", [(0, 5e-324), (-1.7e308, 1.7e308), (1e10, 1e10 + 1e-3), (-3, -2)])
@@ -143,6 +153,8 @@ BAD_FILES = {
     "a scalar": (np.float64(3), r"shape \(\)"),
     "NaN": (np.where(IMAGE > 0.99, np.nan, IMAGE), "NaN or Inf"),
     "Inf": (np.where(IMAGE > 0.99, np.inf, IMAGE), "NaN or Inf"),
+    "blank": (np.zeros((64, 64)), "is blank: every pixel is 0"),
+    "constant": (np.full((64, 64), 7, "u2"), "is blank: every pixel is 7"),
     "complex": (IMAGE + 1j, "complex128, not real"),
     "words": (np.full((64, 64), "a"), "not real numbers"),
     "dates": (np.zeros((64, 64), "datetime64[s]"), "not real numbers"),
@@ -172,6 +184,69 @@ def test_bad_files_are_named_and_run_nothing(tmp_path, monkeypatch, kind):
     assert str(raised.value).startswith(f"{path}: ")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "bombed").exists()
+
+
+def with_pixels(value, count=1, image=None):
+    """An image some pixels of which have another value."""
+    lens = next((DATA / "published_format" / "no_sub").glob("*.npy"))
+    image = (np.load(lens) if image is None else image).copy()
+    image.flat[100 : 100 + count] = value
+    return image
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 64, 800])
+@pytest.mark.parametrize("value", [-999, -9999, -32768, 65535, 1e6, -1e30, 1e300])
+def test_pixels_that_hide_the_others_are_named(tmp_path, value, count):
+    """Bad pixels, a dead row, a gap between two detectors: scaled, nothing else would be left of the lens."""
+    count_of = "1 pixel" if count == 1 else f"{count} pixels"
+    with pytest.raises(
+        InputError, match=rf"x\.npy: has {count_of} from \S+ to \S+, which hide the others, from \S+ to"
+    ):
+        read_image(write(tmp_path / "x.npy", with_pixels(value, count)))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(500, 1000), (-999, 999), (-32768, 32767), tuple(10 ** np.linspace(2, 5, 12)), tuple(range(100, 4000, 100))],
+)
+def test_bad_pixels_of_several_values_are_named(tmp_path, values):
+    image = with_pixels(values, len(values))
+    with pytest.raises(InputError, match=r"x\.npy: has \S+( pixels?)? from \S+ to \S+, which hide the others, from"):
+        read_image(write(tmp_path / "x.npy", image))
+
+
+def test_noise_and_faint_lenses_are_images(tmp_path):
+    """Of the noise-free ones, all but 1% of the pixels on either side have a third of the range at least."""
+    rng = np.random.default_rng(0)
+    lens = with_pixels(0, 0)
+    for sky in (0.01, 1, 100):  # times the peak
+        read_image(write(tmp_path / "x.npy", lens + rng.normal(0, sky * lens.max(), lens.shape)))
+    read_image(write(tmp_path / "x.npy", rng.poisson(3 * lens).astype("u2")))
+    point = np.exp(-0.5 * (np.hypot(*np.mgrid[-32:32, -32:32]) / 0.8) ** 2)  # a quasar, ten times as bright
+    read_image(write(tmp_path / "x.npy", lens + 10 * lens.max() * point))
+
+
+def test_a_bad_pixel_on_nothing_else_is_named(tmp_path):
+    with pytest.raises(InputError, match="hide the others, from 5 to 5"):
+        read_image(write(tmp_path / "x.npy", with_pixels(-999, 1, np.full((64, 64), 5.0))))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        with_pixels(10.0),  # a star twice as bright as the lens
+        with_pixels(-0.5),  # noise below the sky
+        np.eye(64),  # a picture in two values
+        np.where(np.hypot(*np.mgrid[-32:32, -32:32]) < 20, 3.0, 0),
+    ],
+)
+def test_bright_stars_and_masks_are_images_all_the_same(tmp_path, image):
+    read, _ = read_image(write(tmp_path / "x.npy", image))
+    np.testing.assert_allclose(read[0], (image - image.min()) / np.ptp(image), atol=1e-6)
+
+
+def test_no_simulated_image_is_taken_for_a_bad_one(lens_data):
+    assert len(NpyDataset(lens_data)) == 144
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
@@ -262,6 +337,107 @@ def test_a_folder_without_the_three_classes_is_named(tmp_path):
         NpyDataset(tmp_path)
 
 
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def no_folder(folder):
+    shutil.rmtree(folder)
+
+
+def one_folder_deeper(folder):
+    folder.rename(folder.with_name("images"))
+    folder.mkdir()
+    folder.with_name("images").rename(folder / "images")
+
+
+def all_bad(folder):
+    for path in folder.glob("*.npy"):
+        path.write_bytes(b"")
+
+
+def none_in_training(folder):
+    empty(folder)
+    for name in [f"{i}.npy" for i in range(99) if split_of(f"{i}.npy") == "val"][:3]:
+        write(folder / name, IMAGE)
+
+
+CLASS_IS_NOT_THERE = {
+    no_folder: r"no folder axion with \.npy files",
+    empty: r"axion: no \.npy files in it$",
+    one_folder_deeper: r"axion: no \.npy files in it, but in \S+axion/images: move them up",
+    all_bad: "axion: all of its 48 files are bad",
+    none_in_training: "axion: none of its 3 images is in the part 'train'",
+}
+
+
+@pytest.mark.parametrize("done", CLASS_IS_NOT_THERE)
+def test_a_class_without_images_in_a_part_is_one_line_and_status_2(data_copy, capsys, done):
+    done(data_copy / "axion")
+    with pytest.raises(InputError, match=CLASS_IS_NOT_THERE[done]) as raised:
+        load_parts(data_copy, "train", on_bad_file="skip")
+    assert raised.value.status == 2
+    assert "\n" not in str(raised.value)
+    counts = re.search(r"^train((?: +\d+){3})$", capsys.readouterr().out, re.M)
+    assert counts[1].split()[0] == "0"
+    (train,) = load_parts(data_copy, "train", on_bad_file="skip", on_missing_class="go_on")
+    assert set(train.labels.tolist()) == {1, 2}
+
+
+def test_images_deeper_in_a_class_folder_are_said_to_be_left_out(data_copy, capsys):
+    write(data_copy / "cdm" / "more" / "0.npy", IMAGE)
+    (data_copy / "axion" / "empty").mkdir()
+    assert len(NpyDataset(data_copy)) == 144
+    assert capsys.readouterr().out.startswith(f"{data_copy / 'cdm' / 'more'}: its images are left out")
+
+
+def test_the_images_of_each_class_and_part_are_counted(lens_data, capsys):
+    parts = dict(zip(("train", "val", "test"), load_parts(lens_data, "train", "val", "test"), strict=True))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == [str(lens_data), *CLASSES]
+    for name, *counts in lines[1:]:
+        assert [int(count) for count in counts] == torch.bincount(parts[name].labels).tolist()
+        assert sum(map(int, counts)) == len(parts[name])
+
+
+def test_a_part_that_stands_for_the_whole_is_chosen_at_random():
+    labels = torch.arange(3).repeat_interleave(100)
+    index = some_of_each_class(labels, 40, seed=1)
+    assert labels[index].tolist() == [0] * 40 + [1] * 40 + [2] * 40
+    assert len(index.unique()) == 120
+    for of_class in index.view(3, 40) % 100:
+        assert 35 < of_class.double().mean() < 64  # of the first 40 it would be 20
+        assert of_class.diff().min() < 0
+    assert torch.equal(index, some_of_each_class(labels, 40, seed=1))
+    assert not torch.equal(index, some_of_each_class(labels, 40, seed=2))
+    assert some_of_each_class(labels[95:], 40)[:5].sort().values.tolist() == [0, 1, 2, 3, 4]  # all that there are
+
+
+def test_file_names_may_be_any_bytes(tmp_path):
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+        for i in range(9):
+            with open(os.fsencode(tmp_path / name) + b"/\xff\xe9%d.npy" % i, "wb") as file:
+                np.save(file, IMAGE)
+    first, second = NpyDataset(tmp_path), NpyDataset(tmp_path)
+    assert len(list(tmp_path.glob(".lens_cache*"))) == 1
+    assert first.files == second.files
+    assert sum(len(first.part(part, "go_on")) for part in ("train", "val", "test")) == 27
+
+
+def test_the_identity_of_images_outlives_a_copy_and_not_a_change(data_copy, tmp_path):
+    def identity(folder):
+        return NpyDataset(folder, split="train").identity
+
+    before = identity(data_copy)
+    shutil.copytree(data_copy, tmp_path / "copy")
+    assert identity(tmp_path / "copy") == before
+    path = data_copy / "cdm" / "0.npy"
+    write(path, np.rot90(np.load(path)))
+    assert identity(data_copy) != before
+
+
 # Split
 
 
@@ -334,9 +510,33 @@ def test_a_folder_that_cannot_be_written_still_loads(data_copy, monkeypatch, cap
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(np, "save", refuse)
+    monkeypatch.setattr(dataset, "save_array", refuse)
     assert len(NpyDataset(data_copy)) == 144
     assert "cannot be written" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_read_once_for_all_its_parts(data_copy, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    read = []
+    monkeypatch.setattr(dataset, "save_array", refuse)
+    monkeypatch.setattr(dataset, "read_image", lambda path: read.append(path) or read_image(path))
+    assert sum(map(len, load_parts(data_copy, "train", "val", "test"))) == 144
+    assert len(read) == 144
+    assert capsys.readouterr().out.count("cannot be written") == 1
+
+
+def test_the_cache_can_be_kept_outside_the_data(data_copy, tmp_path, monkeypatch):
+    other = shutil.copytree(data_copy, tmp_path / "other" / "data")
+    folders, images = (data_copy, other), []
+    write(other / "cdm" / "0.npy", IMAGE)
+    for folder in folders:
+        images.append(NpyDataset(folder, cache_dir=tmp_path / "cache").images)
+    assert not any(list(folder.glob(".lens*")) for folder in folders)
+    monkeypatch.setattr(dataset, "read_image", lambda path: pytest.fail("read a file again"))
+    for folder, expected in zip(folders, images, strict=True):
+        assert torch.equal(NpyDataset(folder, cache_dir=tmp_path / "cache").images, expected)
 
 
 # Transforms and batches
