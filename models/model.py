@@ -76,6 +76,10 @@ class NanoDiT(nn.Module):
                 f"patches of {patch_size} must tile {input_size} pixels, and a width of {hidden_size} must be a "
                 f"multiple of 4 and of its {num_heads} heads"
             )
+        if patch_basis > patch_size * patch_size * in_channels:
+            raise ValueError(
+                f"a patch of {patch_size}x{patch_size} pixels has fewer principal components: {patch_basis}"
+            )
         if patch_basis and prediction != "image":
             raise ValueError('a patch_basis needs prediction="image": noise has no principal components')
         self.image_shape = (in_channels, input_size, input_size)
@@ -261,7 +265,7 @@ class PatchBasis(nn.Module):
 
     def fit(self, patches: Tensor, most: int = 8192) -> None:
         """Principal components (Halko et al. 2009, arXiv:0909.4061) of at most ``most`` of the patches (n, numbers)."""
-        some = patches[:: -(-len(patches) // most)]
+        some = patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:most]]
         self.mean.copy_(some.mean(0))
         self.vectors.copy_(torch.pca_lowrank(some - self.mean, self.spread.numel(), center=False)[2])
         self.spread.copy_(self.encode(some).std(0).clamp_min(1e-4))

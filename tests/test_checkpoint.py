@@ -9,8 +9,9 @@ import torch
 from conftest import ROOT
 from ema_pytorch import EMA
 
-from models.checkpoint import build_generator, load_checkpoint, load_weights, save_checkpoint
-from models.classifier import load_classifier
+from evaluate.evaluate_fld import load_model
+from models.checkpoint import build_generator, load_checkpoint, progress, save_checkpoint
+from models.classifier import build_classifier, load_classifier
 from models.model import SIZES, NanoDiT
 from settings import InputError
 
@@ -127,12 +128,55 @@ def test_what_is_no_checkpoint_is_named(tmp_path, checkpoint, classifier):
         load_classifier(checkpoint)
 
 
-def test_weights_saved_by_a_compiled_module_load(tmp_path):
-    model = torch.nn.Linear(2, 2)
-    load_weights(
-        model, {f"_orig_mod.{name}": torch.ones_like(value) for name, value in model.state_dict().items()}, "x"
-    )
-    assert model.weight.eq(1).all()
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+)
+def test_weights_saved_by_a_compiled_or_data_parallel_module_load(tmp_path, prefix):
+    torch.manual_seed(0)
+    model = randomized(NanoDiT(**TINY))
+    named = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    blocks = {name.replace("blocks.0.", "blocks.0._orig_mod."): value for name, value in named.items()}
+    for weights in (named, blocks, {f"ema_model.{name}": value for name, value in named.items()}):
+        is_ema = next(iter(weights)).startswith("ema_model")
+        content = {"model_state_dict": weights, "model_config": model.config}
+        loaded = build_generator(content | ({"ema_state_dict": weights} if is_ema else {}), "x")
+        torch.testing.assert_close(velocity_of(loaded), velocity_of(model))
+    classifier = build_classifier(32)
+    weights = {f"{prefix}{name}": value for name, value in classifier.state_dict().items()}
+    save_checkpoint(tmp_path / "c.pt", model_state_dict=weights, image_size=32)
+    assert torch.equal(load_classifier(tmp_path / "c.pt").conv1.weight, classifier.conv1.weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["weights", "EMA", "classifier", "batch normalization"])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, value, where):
+    model = build_classifier(32) if where in ("classifier", "batch normalization") else randomized(NanoDiT(**TINY))
+    names = {"classifier": "fc.bias", "batch normalization": "bn1.running_var"}
+    name = names.get(where, "blocks.0.mlp.fc1.weight")
+    weights = model.state_dict()
+    bad = weights | {name: torch.full_like(weights[name], value)}
+    content = {"model_state_dict": bad, "image_size": 32}
+    if where in ("weights", "EMA"):
+        ema = {
+            "ema_state_dict": {f"ema_model.{key}": tensor for key, tensor in bad.items()},
+            "model_state_dict": weights,
+        }
+        content = (ema if where == "EMA" else {"model_state_dict": bad}) | {"model_config": model.config}
+    save_checkpoint(tmp_path / "c.pt", **content)
+    load = load_model if where in ("weights", "EMA") else load_classifier
+    with pytest.raises(InputError, match=rf"c\.pt: its weights {name} hold NaN or Inf"):
+        load(tmp_path / "c.pt", "cpu")
+
+
+def test_how_far_a_training_was_is_read_without_its_tensors(tmp_path, checkpoint, published):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, model_state_dict={"w": torch.ones(9)}, epoch=3, step_in_epoch=5, steps_per_epoch=10, run="ab")
+    assert progress(path) == (3.5, "ab")
+    assert progress(published[0]) == (69, None)
+    assert progress(checkpoint)[0] == 4
+    path.write_bytes(path.read_bytes()[:200])
+    assert progress(path) is None
+    assert progress(tmp_path / "absent.pt") is None
 
 
 def test_no_script_loads_a_file_that_could_run_code():

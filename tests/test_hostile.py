@@ -291,7 +291,7 @@ def test_a_bad_checkpoint_is_named_and_nothing_written_is_harmed(
     (generated / "generated_by.json").write_text("{}")
     before = state_of(generated)
     flags = ["--data_dir", lens_data, "--classifier_path", classifier, "--checkpoint_path", path]
-    flags += ["--generated_dir", generated, "--report_dir", tmp_path / "r", "--figure_path", tmp_path / "r" / "l.png"]
+    flags += ["--output_dir", generated, "--report_dir", tmp_path / "r", "--figure_path", tmp_path / "r" / "l.png"]
     line = one_line(capsys, "evaluate/evaluate_fld.py", *flags)[-1]
     assert line.startswith(f"{path}: ")
     assert re.search(complaint, line)
@@ -310,19 +310,19 @@ def test_a_bad_safetensors_file_is_named(content, tmp_path, capsys):
 # Flags and devices
 
 FLAGS = [
-    ("train/train_diffusion.py", "--batch_size", "-1", "0 or more"),
-    ("train/train_diffusion.py", "--batch_size", "0", "1 or more"),
+    ("train/train_diffusion.py", "--batch_size", "-1", "from 1 to"),
+    ("train/train_diffusion.py", "--batch_size", "0", "from 1 to"),
     ("train/train_diffusion.py", "--batch_size", "many", "not a whole number"),
     ("train/train_diffusion.py", "--batch_size", "1.5", "not a whole number"),
     ("train/train_diffusion.py", "--learning_rate", "nan", "finite"),
     ("train/train_diffusion.py", "--learning_rate", "inf", "finite"),
-    ("train/train_diffusion.py", "--compile", "maybe", "neither true nor false"),
+    ("train/train_diffusion.py", "--compile", "maybe", "not true or false"),
     ("train/train_diffusion.py", "--amp_dtype", "float8", "not one of"),
-    ("train/train_diffusion.py", "--epochs", "1000000000", "1000000 or less"),
+    ("train/train_diffusion.py", "--epochs", "1000000000", "from 1 to 1,000,000"),
     ("train/train_diffusion.py", "--batchsize", "3", "unrecognized"),
     ("train/train_diffusion.py", "--device", "tpu", "not one of"),
-    ("evaluate/evaluate_fld.py", "--num_ode_steps", "1000000000", "10000 or less"),
-    ("evaluate/evaluate_fld.py", "--num_splits", "0", "1 or more"),
+    ("evaluate/evaluate_fld.py", "--num_ode_steps", "1000000000", "from 1 to 10,000"),
+    ("evaluate/evaluate_fld.py", "--num_splits", "1", "from 2 to"),
     ("simulate/simulate_lenses.py", "--num_per_class", "1e9", "not a whole number"),
     ("evaluate/evaluate_classify.py", "--model_path", "m.pt", "--npy_path"),
 ]
@@ -365,6 +365,12 @@ def test_exported_weights_stand_in_for_their_checkpoint(checkpoint, classifier, 
     assert exported.image_size == 32
     for name, value in load_classifier(classifier).state_dict().items():
         assert torch.equal(exported.state_dict()[name], value)
+
+
+def test_weights_lie_in_folders_of_any_name(checkpoint, tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xe9\xff"))
+    run_script("train/export_weights.py", "--checkpoint_path", checkpoint, "--output_path", folder / "w.safetensors")
+    assert load_checkpoint(folder / "w.safetensors")["epoch"] == 4
 
 
 def test_exported_weights_can_be_halved(classifier, tmp_path):
