@@ -10,6 +10,7 @@ Recipe: Alexander et al. 2020 (arXiv:1909.07346) as coded in DeepLenseSim, rende
 2018, arXiv:1803.09746).
 """
 
+import io
 import os
 import sys
 import warnings
@@ -29,12 +30,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
-from files import save_array
+from files import contents, hold, is_empty, save_array, whole
+from settings import Count, InputError, Whole
 
-DATA_DIR = "data"  # Where the images go
-NUM_PER_CLASS = 5000  # Images of each class; the published set has 30000
-SEED = 0  # Change it for an independent set
-NUM_WORKERS = 0  # Processes; 0 takes one for each core
+DATA_DIR: str = "data"  # Where the images go
+NUM_PER_CLASS: Count = 5000  # Images of each class; the published set has 30000
+SEED: Whole = 0  # Change it for an independent set
+NUM_WORKERS: Whole = 0  # Processes; 0 takes one for each core
 
 EINSTEIN_RADIUS_CONVENTION: Literal["luminosity", "angular_diameter"] = "luminosity"  # The second one is the textbook's
 
@@ -58,7 +60,7 @@ def main() -> None:
     print(f"{len(table)} images in {folder}, {len(todo)} of them to simulate in {workers} processes")
     rows = [dict(zip(row.colnames, row, strict=True)) for row in todo]
     job = partial(simulate_to_file, folder, EINSTEIN_RADIUS_CONVENTION)
-    pool = ProcessPoolExecutor(workers, initializer=settings.ignore_ctrl_c)
+    pool = ProcessPoolExecutor(workers, initializer=settings.as_worker)
     try:
         for _ in tqdm(pool.map(job, rows, chunksize=16), total=len(rows), unit="image"):
             pass
@@ -227,19 +229,27 @@ def image_path(folder: Path, row: dict[str, Any]) -> Path:
 
 
 def reserve_folder(folder: Path, table: Table) -> None:
-    """Makes the class folders and writes the table, unless the folder holds images that are not of this table."""
+    """Makes the class folders and writes the table, unless the folder holds images that are not of this table.
+
+    From then on the folder is this process's own.
+    """
     path = folder / "parameters.fits"
-    if path.exists():
-        old = Table.read(path)
-        if dict(old.meta) != table.meta:
-            raise settings.InputError(f"{folder} was simulated with {dict(old.meta)}: choose another --data_dir")
-        if len(old) >= len(table):
-            return
-    elif any(folder.glob("*/*.npy")):
-        raise settings.InputError(f"{folder} holds images that were not simulated here: choose another --data_dir")
+    try:
+        old = Table.read(path, format="fits") if path.exists() else None
+    except Exception:  # astropy can raise nearly anything
+        raise InputError(f"{path} is damaged: remove {folder}, or choose another --data_dir") from None
+    if old is not None and dict(old.meta) != table.meta:
+        raise InputError(f"{folder} was simulated with {dict(old.meta)}: choose another --data_dir")
+    if old is None and not is_empty(folder):
+        raise InputError(f"{folder} was not simulated here: it {contents(folder)}; choose another --data_dir")
+    hold(folder)
+    if old is None or len(old) < len(table):
+        packed = io.BytesIO()
+        table.write(packed, format="fits")
+        with whole(path) as file:  # before the folders: whatever is there then belongs to it
+            file.write(packed.getbuffer())
     for name in _CLASSES:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    table.write(path, overwrite=True)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,25 @@ def test_other_images_and_other_settings_are_not_mixed_in(data_copy, capsys):
         assert stopped.value.code == 1
         assert "choose another --data_dir" in capsys.readouterr().err
     (data_copy / "parameters.fits").unlink()
-    with pytest.raises(InputError, match="not simulated here"):
+    with pytest.raises(InputError, match=r"not simulated here: it holds axion/, cdm/, no_sub/"):
+        sim.reserve_folder(data_copy, sim.parameter_table(1, 0))
+
+
+@pytest.mark.parametrize("theirs", ["notes.txt", "0.npy", "axion/0.png", "train/axion/0.npy"])
+def test_somebody_elses_folder_is_not_filled(tmp_path, theirs):
+    (tmp_path / theirs).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / theirs).touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=f"{tmp_path} was not simulated here: it holds "):
+        sim.reserve_folder(tmp_path, sim.parameter_table(1, 0))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("size", [0, 3000])
+def test_a_damaged_table_is_named(data_copy, size):
+    path = data_copy / "parameters.fits"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(InputError, match=f"{path} is damaged: remove {data_copy}"):
         sim.reserve_folder(data_copy, sim.parameter_table(1, 0))
 
 
