@@ -39,8 +39,8 @@ SEED = 0  # Of the moments
 _FLAGS = {
     "diffusion": "--patch_size 16 --latent_dim 32 --model_depth 2 --model_heads 2 --prediction image --batch_size 16 "
     "--epochs 2 --warmup_epochs 0.5 --learning_rate 2e-3 --num_ode_steps 2 --ema_beta 0.9 --ema_update_every 1 "
-    "--sample_interval 2 --num_samples_per_class 2 --checkpoint_save_interval 1 --checkpoint_save_steps 2",
-    "classifier": "--image_size 32 --batch_size 32 --epochs 2 --pretrained false --checkpoint_save_steps 2",
+    "--sample_interval 2 --num_samples_per_class 2 --checkpoint_save_interval 1 --checkpoint_save_minutes 0.0005",
+    "classifier": "--image_size 32 --batch_size 32 --epochs 2 --pretrained false --checkpoint_save_minutes 0.0005",
 }
 _FINAL = {
     "diffusion": "dit_conditional_ckpts/dit_conditional_final.pt",
@@ -138,10 +138,13 @@ def end_of(training: str, output: Path) -> dict[str, Any]:
     """Everything that a run has made, but for its clock."""
     final = load_checkpoint(output / _FINAL[training])
     final.pop("settings", None)
+    final.pop("run", None)  # its name
     with open(output / "training_metrics.csv") as file:
         rows = list(csv.DictReader(file))
     samples = {str(path.relative_to(output)): path.read_bytes() for path in output.glob("*npy/*/*.npy")}
-    pictures = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*.png")}
+    pictures = {
+        path.name: path.read_bytes() for pattern in ("*.png", "*_images/*.png") for path in output.glob(pattern)
+    }
     return {"final": final, "rows": rows, "samples": samples, "pictures": pictures}
 
 

@@ -1,6 +1,7 @@
 """The student learns, at its own times, the average velocity of its teacher's path; it stops and goes on exactly."""
 
 import os
+import re
 import signal
 from itertools import pairwise
 from types import SimpleNamespace
@@ -9,9 +10,10 @@ import pytest
 import torch
 from conftest import history_of, run_script
 
+import files
 import settings
 from models import flow
-from models.checkpoint import build_generator, load_checkpoint
+from models.checkpoint import build_generator, load_checkpoint, save_checkpoint
 from train import distill
 
 FLAGS = ["--num_ode_steps", 2, "--teacher_steps", 6, "--noises_per_epoch", 64, "--batch_size", 32, "--epochs", 3]
@@ -36,7 +38,10 @@ def run(monkeypatch, checkpoint, tmp_path):
         for name, value in ({k: v for k, v in script.items() if k.isupper()} | constants).items():
             monkeypatch.setattr(distill, name, value)
         monkeypatch.setattr(distill, "OUTPUT_DIR", str(tmp_path / "run"))
-        distill.main()
+        try:
+            distill.main()
+        finally:
+            files.release()
         return tmp_path / "run"
 
     return start
@@ -134,8 +139,8 @@ def test_a_distillation_that_was_stopped_ends_as_one_that_was_not(student, run, 
     calls = []
 
     def stops(*args, original=flow.velocity_loss):
-        calls.append(1)
-        if len(calls) == 30:  # in the second epoch
+        calls.append(torch.is_grad_enabled())
+        if calls[-1] and sum(calls) == 30:  # in the second epoch
             os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
 
@@ -144,11 +149,42 @@ def test_a_distillation_that_was_stopped_ends_as_one_that_was_not(student, run, 
         run()
     assert "run the script again" in capsys.readouterr().out
     folder = run()
-    assert "is at epoch 1, going on" in capsys.readouterr().out
+    assert re.search(r"_step_28.pt is at epoch 1, step \d+, going on", capsys.readouterr().out)
     mine, straight = final(folder)["ema_state_dict"], final(student)["ema_state_dict"]
     assert all(torch.equal(mine[name], straight[name]) for name in straight)
     run()
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_signal_is_obeyed_while_the_teacher_walks(checkpoint):
+    teacher = build_generator(load_checkpoint(checkpoint), checkpoint)
+    times, stops = distill.teacher_times(flow.time_grid(2, "square"), 4)
+    with pytest.raises(KeyboardInterrupt):
+        distill.long_steps(teacher, times, stops, 8, 1, lambda: True)
+
+
+def test_a_distillation_goes_on_with_batches_of_another_size(run, monkeypatch):
+    """The loss is that of all long steps of the epoch, whatever the batches: here 1, then 2 from a half on."""
+    value, stops = [1.0], iter([False] * 9 + [True])
+    monkeypatch.setattr(flow, "velocity_loss", lambda velocity, *args: velocity.sum() * 0 + value[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(settings, "stop_on_signal", lambda: lambda: next(stops))
+        run()
+    value[0] = 2.0
+    (row,) = history_of(run(BATCH_SIZE=64, EPOCHS=1))
+    assert (row["epoch"], row["loss"]) == (1, pytest.approx(1.5))
+
+
+def test_another_teacher_is_named_and_a_good_student_not_lost(run, checkpoint, tmp_path, capsys):
+    folder = run(EPOCHS=1)
+    content = load_checkpoint(checkpoint)
+    content["ema_state_dict"]["ema_model.final_layer.linear.bias"] += 0.1
+    save_checkpoint(tmp_path / "other.pt", **content)
+    before = (folder / "dit_conditional_ckpts" / "dit_conditional_final.pt").read_bytes()
+    with pytest.raises(settings.InputError, match="Halve LEARNING_RATE 100 and run again, which goes on from"):
+        run(CHECKPOINT_PATH=str(tmp_path / "other.pt"), EPOCHS=2, LEARNING_RATE=100.0, EMA_BETA=0.1)
+    assert "the weights of the teacher: not those that the run began with" in capsys.readouterr().out
+    assert (folder / "dit_conditional_ckpts" / "dit_conditional_final.pt").read_bytes() == before
 
 
 def test_guidance_of_the_teacher_is_learned(checkpoint, monkeypatch):

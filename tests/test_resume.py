@@ -3,9 +3,11 @@
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_TRAINING, history_of, run_script
@@ -21,7 +23,7 @@ from train import train_diffusion
 def final(run):
     """The last checkpoint of a run, but for the settings, which name its folder."""
     content = load_checkpoint(run / "dit_conditional_ckpts" / "dit_conditional_final.pt")
-    content.pop("settings")
+    del content["settings"], content["run"]
     return content
 
 
@@ -51,23 +53,40 @@ def test_a_run_killed_anywhere_and_resumed_ends_bit_for_bit_as_one_that_was_not(
     assert sum(while_writing) >= kills // 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_from_there(straight, train, monkeypatch, capsys, number):
+def at_step(step, do):
+    """A loss that does something in a step, of 7 an epoch."""
     calls = []
 
-    def ends_the_job(*args, original=flow.velocity_loss):
-        calls.append(1)
-        if len(calls) == 11:  # seven steps of an epoch, its validation, and three
-            os.kill(os.getpid(), number)
-        return original(*args)
+    def loss(velocity, *args, original=flow.velocity_loss):
+        if torch.is_grad_enabled():  # not in validation
+            calls.append(1)
+            if len(calls) == step:
+                velocity = do(velocity)
+        return original(velocity, *args)
 
-    monkeypatch.setattr(flow, "velocity_loss", ends_the_job)
-    run = train()
-    assert len(calls) == 11
-    assert [path.name for path in (run / "dit_conditional_ckpts").glob("*step*")] == ["dit_conditional_step_10.pt"]
+    return loss
+
+
+def signalled(number):
+    def receive(velocity):
+        os.kill(os.getpid(), number)
+        return velocity
+
+    return receive
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 10), (signal.SIGINT, 1), (signal.SIGHUP, 8)])
+def test_a_signal_saves_and_the_run_goes_on_from_there(straight, train, monkeypatch, capsys, number, step):
+    with monkeypatch.context() as patch:
+        patch.setattr(flow, "velocity_loss", at_step(step, signalled(number)))
+        run = train()
+    names = [path.name for path in (run / "dit_conditional_ckpts").glob("*step*")]
+    assert names == [f"dit_conditional_step_{step - 1}.pt"]
     assert "run the script again to go on" in capsys.readouterr().out
     train()
-    assert "is at epoch 1, step 3, going on" in capsys.readouterr().out
+    assert {1: "is at epoch 0, going", 8: "at epoch 1, going", 10: "at epoch 1, step 2, going"}[step] in (
+        capsys.readouterr().out
+    )
     assert same(final(straight), final(run))
 
 
@@ -80,6 +99,203 @@ def test_a_second_signal_ends_at_once(train, monkeypatch):
     monkeypatch.setattr(flow, "velocity_loss", pressed_twice)
     with pytest.raises(KeyboardInterrupt):
         train()
+
+
+# Which checkpoint, of which run
+
+
+def checkpoints_of(run):
+    return {path.name: path for path in (run / "dit_conditional_ckpts").glob("*.pt")}
+
+
+def test_the_newest_checkpoint_is_that_of_most_steps_whatever_the_time_of_the_file(straight, train, tmp_path, capsys):
+    """As after cp, rsync or unzip: the oldest has the newest time."""
+    train(EPOCHS=3, CHECKPOINT_SAVE_INTERVAL=1)
+    run = shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    checkpoints_of(run)["dit_conditional_final.pt"].unlink()
+    for age, name in enumerate(("epoch_1", "epoch_2", "epoch_3")):
+        os.utime(checkpoints_of(run)[f"dit_conditional_{name}.pt"], (10**9 - age, 10**9 - age))
+    capsys.readouterr()
+    train(run, CHECKPOINT_SAVE_INTERVAL=1)
+    assert "dit_conditional_epoch_3.pt is at epoch 3, going on" in capsys.readouterr().out
+    assert len(checkpoints_of(run)) >= 4  # the oldest was removed, not the newest
+    assert "dit_conditional_epoch_4.pt" in checkpoints_of(run)
+    assert [row["epoch"] for row in history_of(run)] == [1, 2, 3, 4]
+
+
+def test_within_an_epoch_too_and_with_batches_of_any_size(train, monkeypatch, tmp_path, capsys):
+    """Step 12 of 7 an epoch is farther than step 20 of 14 an epoch."""
+    for steps, size in ((12, 16), (20, 8)):
+        with monkeypatch.context() as patch:
+            patch.setattr(flow, "velocity_loss", at_step(steps + 1, signalled(signal.SIGTERM)))
+            train(tmp_path / str(steps), BATCH_SIZE=size)
+    first, second = (checkpoints_of(tmp_path / str(steps)) for steps in (12, 20))
+    content = load_checkpoint(second["dit_conditional_step_20.pt"])
+    content["run"] = load_checkpoint(first["dit_conditional_step_12.pt"])["run"]
+    save_checkpoint(first["dit_conditional_step_12.pt"].with_name("dit_conditional_step_20.pt"), **content)
+    capsys.readouterr()
+    train(tmp_path / "12", EPOCHS=3)
+    assert "dit_conditional_step_12.pt is at epoch 1, step 5, going on" in capsys.readouterr().out
+
+
+def test_a_new_run_neither_picks_up_nor_removes_an_older_one(straight, train, monkeypatch, tmp_path, capsys):
+    run = train()
+    before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:  # killed before its first checkpoint
+        patch.setattr(flow, "velocity_loss", at_step(3, lambda velocity: 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            train(RESUME="never", SEED=1)
+    assert f"What an earlier run has left in {run} is in {run / 'earlier_1'} now" in capsys.readouterr().out
+    train(SEED=1, EPOCHS=1)
+    assert "going on" not in capsys.readouterr().out
+    assert len(history_of(run)) == 1
+    train(RESUME="never", SEED=1, EPOCHS=1)
+    kept = run / "earlier_1"
+    assert all(
+        (kept / name).read_bytes() == content for name, content in before.items() if not name.name.startswith(".")
+    )
+    assert len(history_of(run / "earlier_2")) == 1
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_is_named(straight, train, monkeypatch, tmp_path, capsys):
+    other = train(tmp_path / "other", CHECKPOINT_SAVE_INTERVAL=1)
+    path = checkpoints_of(other)["dit_conditional_epoch_2.pt"]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:  # killed before a checkpoint of its own
+        patch.setattr(flow, "velocity_loss", at_step(1, lambda velocity: 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            train(RESUME=str(path))
+    assert "dit_conditional_epoch_2.pt is at epoch 2, going on" in capsys.readouterr().out
+    run = train()
+    assert "dit_conditional_epoch_2.pt is at epoch 2, going on" in capsys.readouterr().out
+    assert same(final(straight), final(run))
+    train(other, RESUME=str(path))  # back to an earlier one of its own: what came after it is kept
+    assert same(final(straight), final(other))
+    assert len(checkpoints_of(other / "earlier_1")) == 4
+    for wrong in ("nowhere.pt", "Never", "AUTO"):
+        with pytest.raises(
+            settings.InputError, match=rf"RESUME '{wrong}' is neither \"auto\" nor \"never\" nor the path"
+        ):
+            train(RESUME=wrong)
+    assert final(run)
+    with pytest.raises(settings.InputError, match=r"nanodit_s64.safetensors holds no state to go on from"):
+        train(RESUME=str(settings.ROOT / "weights" / "nanodit_s64.safetensors"))
+
+
+def test_what_is_no_number_in_a_checkpoint_is_named_and_names_of_compiled_modules_load(straight, train, tmp_path):
+    run = train()
+    for name in ("final", "epoch_4"):
+        checkpoints_of(run)[f"dit_conditional_{name}.pt"].unlink()
+    path = checkpoints_of(run)["dit_conditional_epoch_2.pt"]
+    content = load_checkpoint(path)
+    weights = {f"module._orig_mod.{name}": value for name, value in content["model_state_dict"].items()}
+    averaged = {name.replace("ema_model.", "ema_model._orig_mod."): v for name, v in content["ema_state_dict"].items()}
+    save_checkpoint(path, **content | {"model_state_dict": weights, "ema_state_dict": averaged})
+    assert same(final(straight), final(train()))
+    content = load_checkpoint(path)
+    content["optimizer_state_dict"]["state"][3]["exp_avg_sq"][:] = float("inf")
+    save_checkpoint(path, **content)
+    for name in ("final", "epoch_4"):
+        checkpoints_of(run)[f"dit_conditional_{name}.pt"].unlink()
+    message = r"epoch_2.pt: its weights exp_avg_sq 3 of the optimizer hold NaN or Inf"
+    with pytest.raises(settings.InputError, match=message):
+        train()
+
+
+@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_job_that_is_started_again_goes_on_whatever_it_was_told_at_first(train, monkeypatch, capsys, count):
+    run = train(EPOCHS=2, RESUME="never")
+    monkeypatch.setenv(count, "1")
+    train(EPOCHS=3, RESUME="never")
+    assert "is at epoch 2, going on" in capsys.readouterr().out
+    assert not (run / "earlier_1").exists()
+
+
+def test_the_earlier_run_stays_where_it_is_when_the_new_one_cannot_begin(train, checkpoint, tmp_path):
+    run = train(EPOCHS=1)
+    other = train(tmp_path / "other", EPOCHS=1, LATENT_DIM=64)
+    with pytest.raises(settings.InputError, match="is of another network"):
+        train(RESUME=str(checkpoints_of(other)["dit_conditional_final.pt"]))
+    assert not (run / "earlier_1").exists()
+
+
+def test_the_checkpoint_of_another_script_is_not_gone_on_from(train, checkpoint, tmp_path, capsys):
+    teacher = ["--checkpoint_path", checkpoint, "--num_ode_steps", 2, "--teacher_steps", 4, "--noises_per_epoch", 32]
+    teacher += ["--batch_size", 32, "--epochs", 1]
+    run = train(EPOCHS=1)
+    with pytest.raises(SystemExit):
+        run_script("train/distill.py", *teacher, "--output_dir", run)
+    assert "final.pt is of train/train_diffusion.py: choose another --output_dir" in capsys.readouterr().err
+    run_script("train/distill.py", *teacher, "--output_dir", tmp_path / "student")
+    for constants in ({}, {"RESUME": str(tmp_path / "student" / "dit_conditional_ckpts" / "dit_conditional_final.pt")}):
+        with pytest.raises(settings.InputError, match=r"final.pt is of train/distill.py: choose another"):
+            train(tmp_path / "student" if not constants else tmp_path / "new", **constants)
+
+
+def test_a_published_checkpoint_in_the_folder_is_one_line(train, tmp_path):
+    path = tmp_path / "run" / "dit_conditional_ckpts" / "dit_conditional_epoch_100.pt"
+    save_checkpoint(path, model_state_dict={}, optimizer_state_dict={}, epoch=100, loss=0.01)
+    with pytest.raises(settings.InputError, match=r"epoch_100.pt holds no state to go on from: --start_path begins"):
+        train()
+    assert path.exists()
+
+
+def test_checkpoints_of_two_runs_in_one_folder_are_not_guessed_among(train, tmp_path):
+    run, other = train(EPOCHS=1), train(tmp_path / "other", EPOCHS=1)
+    path = checkpoints_of(other)["dit_conditional_final.pt"]
+    shutil.copy(path, run / "dit_conditional_ckpts" / "dit_conditional_epoch_7.pt")
+    with pytest.raises(settings.InputError, match="holds checkpoints of 2 runs: --resume takes the path of one"):
+        train()
+
+
+def test_other_images_are_named(train, data_copy, capsys):
+    run = train(DATA_DIR=str(data_copy), EPOCHS=2)
+    train(DATA_DIR=str(data_copy), EPOCHS=3)
+    assert "changed since then" not in capsys.readouterr().out
+    for path in (data_copy / "cdm").glob("*.npy"):
+        np.save(path, np.rot90(np.load(path)))
+    train(DATA_DIR=str(data_copy))
+    assert "changed since then: the training images: not those that the run began with" in capsys.readouterr().out
+    train(DATA_DIR=str(data_copy), EPOCHS=2)
+    assert len(history_of(run)) == 4
+
+
+def test_the_loss_of_an_epoch_is_that_of_its_images_whatever_the_batches(train, monkeypatch, tmp_path):
+    """Seven steps of 15 or 16 images, of which three are done with a loss of 1; the rest has 2, in batches of 8."""
+    value = [1.0]
+    monkeypatch.setattr(flow, "velocity_loss", lambda velocity, *args: velocity.sum() * 0 + value[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(settings, "stop_on_signal", lambda: iter([False] * 3 + [True]).__next__)
+        train()
+    value[0] = 2.0
+    train(BATCH_SIZE=8, EPOCHS=1, WARMUP_EPOCHS=0)
+    content = load_checkpoint(tmp_path / "run" / "dit_conditional_ckpts" / "dit_conditional_final.pt")
+    first = 3 * 16
+    total = content["history"][0]["step"]
+    assert total == 14
+    row = history_of(tmp_path / "run")[0]
+    images = 108  # in training
+    assert row["loss"] == pytest.approx((first * 1.0 + (images - first) * 2.0) / images, abs=0.01)
+
+
+def test_a_run_of_any_length_loses_minutes_at_most(train, monkeypatch):
+    """With a clock that ticks half a minute a step, over 4 epochs of 7 steps without a checkpoint of their own."""
+    clock, saved = [0.0], []
+    monkeypatch.setattr("train.safety.time.monotonic", lambda: clock[0])
+
+    def tick(velocity, *args, original=flow.velocity_loss):
+        clock[0] += 30 * torch.is_grad_enabled()
+        return original(velocity, *args)
+
+    def save(path, original=train_diffusion.save_checkpoint, **content):
+        saved.append(content["global_step"])
+        original(path, **content)
+
+    monkeypatch.setattr(flow, "velocity_loss", tick)
+    monkeypatch.setattr(train_diffusion, "save_checkpoint", save)
+    run = train(CHECKPOINT_SAVE_INTERVAL=10, **{"CHECKPOINT_SAVE_MINUTES": 3.0})
+    assert saved == [5, 11, 17, 23, 28]
+    assert list(checkpoints_of(run)) == ["dit_conditional_final.pt"]
 
 
 # Checkpoints
@@ -120,10 +336,20 @@ def test_a_changed_number_is_found(tmp_path):
 @pytest.mark.parametrize(("keep", "kept"), [(1, "26"), (2, "256"), (4, "23456"), (9, "123456")])
 def test_the_newest_checkpoints_and_the_best_are_kept(train, monkeypatch, keep, kept):
     losses = iter([5.0, 1.0, 4.0, 3.0, 2.0, 6.0])
-    monkeypatch.setattr(train_diffusion, "validation_loss", lambda *args: next(losses))
-    run = train(EPOCHS=6, CHECKPOINT_SAVE_INTERVAL=1, CHECKPOINT_SAVE_STEPS=3, KEEP_CHECKPOINTS=keep, SAMPLE_INTERVAL=9)
+    monkeypatch.setattr(train_diffusion, "validation_loss", lambda *args: next(losses) if len(args) == 3 else 9.0)
+    run = train(
+        EPOCHS=6, CHECKPOINT_SAVE_INTERVAL=1, CHECKPOINT_SAVE_MINUTES=1e-3, KEEP_CHECKPOINTS=keep, SAMPLE_INTERVAL=9
+    )
     names = sorted(path.name for path in (run / "dit_conditional_ckpts").iterdir())
     assert names == [f"dit_conditional_{name}.pt" for name in (*(f"epoch_{n}" for n in kept), "final")]
+
+
+def test_damaged_checkpoints_do_not_count_among_the_newest(train):
+    run = train(EPOCHS=2, CHECKPOINT_SAVE_INTERVAL=1)
+    for number in (7, 8, 9):
+        (run / "dit_conditional_ckpts" / f"dit_conditional_epoch_{number}.pt").write_bytes(b"damaged")
+    train(CHECKPOINT_SAVE_INTERVAL=1, KEEP_CHECKPOINTS=3)
+    assert {f"dit_conditional_epoch_{number}.pt" for number in (2, 3, 4, 7, 8, 9)} <= set(checkpoints_of(run))
 
 
 def test_validation_is_of_the_same_noise_every_time_and_of_all_classes(train, generator_run, lens_data):
@@ -217,26 +443,72 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_previous_checkpoint_whol
 # Bad numbers, memory
 
 
-def bad_from(step, value):
-    """A loss that is no number from a step on."""
-    calls = []
-
-    def loss(velocity, *args, original=flow.velocity_loss):
-        calls.append(1)
-        return velocity.sum() * value if len(calls) >= step else original(velocity, *args)
-
-    return loss
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_ends_the_run_with_a_checkpoint_from_before(train, monkeypatch, tmp_path, value):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
+def test_a_loss_that_is_lost_ends_the_run_with_the_checkpoint_of_a_sound_one(train, monkeypatch, tmp_path, value):
+    """That of step 5 is lost: the weights that it was computed with, those of step 4, are not kept."""
     with monkeypatch.context() as patch:
-        patch.setattr(flow, "velocity_loss", bad_from(5, value))
-        with pytest.raises(settings.InputError, match=r"step 5: loss (nan|-?inf) .* rate of 0\.00.*MAX_GRAD_NORM"):
-            train()
-    content = load_checkpoint(tmp_path / "run" / "dit_conditional_ckpts" / "dit_conditional_step_4.pt")
-    assert content["step_in_epoch"] == 4
+        patch.setattr(flow, "velocity_loss", at_step(5, lambda velocity: velocity * value))
+        found = r"step 5: loss \S+( and gradient norm \S+)?, where an untrained network has a loss of \S+\. "
+        advice = r"Halve LEARNING_RATE 0.002 and run again, which goes on from \S+step_3.pt, whose loss was sound"
+        with pytest.raises(settings.InputError, match=found + advice):
+            train(CHECKPOINT_SAVE_MINUTES=0)
+    (path,) = (tmp_path / "run" / "dit_conditional_ckpts").glob("*.pt")
+    content = load_checkpoint(path)
+    assert content["step_in_epoch"] == 3
     assert all(value.isfinite().all() for value in content["model_state_dict"].values())
+
+
+@pytest.mark.parametrize("minutes", [0, 3])
+def test_a_run_that_diverges_goes_on_when_its_advice_is_followed(train, capsys, minutes):
+    """However often it takes: from checkpoints of every step, and anew where there is none yet."""
+    rate = 1e3
+    for _ in range(25):
+        try:
+            run = train(LEARNING_RATE=rate, EMA_BETA=0.5, CHECKPOINT_SAVE_MINUTES=minutes)
+            break
+        except settings.InputError as error:
+            assert f"Halve LEARNING_RATE {rate:g} and run again, which " in str(error)  # noqa: PT017
+            rate /= 2
+    assert 1e-3 < rate < 1e3
+    assert history_of(run)[-1]["loss"] < 100  # of an untrained network it is about 50
+    content = final(run)
+    assert all(value.isfinite().all() for value in content["model_state_dict"].values())
+
+
+def test_a_classifier_that_diverges_goes_on_when_its_advice_is_followed(lens_data, tmp_path, capsys):
+    flags = ["--image_size", 32, "--batch_size", 16, "--pretrained", "false", "--epochs", 2, "--data_dir", lens_data]
+    flags += ["--output_dir", tmp_path, "--checkpoint_save_minutes", 0, "--scratch_learning_rate"]
+    rate, status = 1e3, 1
+    while status:
+        try:
+            run_script("train/train_classifier.py", *flags, rate)
+            status = 0
+        except SystemExit:
+            assert f"Halve SCRATCH_LEARNING_RATE {rate:g} and run again, which " in capsys.readouterr().err
+            rate /= 2
+        assert rate > 1e-4
+    assert rate < 1e3
+    assert (tmp_path / "classifier_ckpts" / "resnet18_best.pt").exists()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_weights_worse_than_untrained_ones_are_no_checkpoint_of_an_epoch(train, monkeypatch, tmp_path, capsys, last):
+    original = train_diffusion.validation_loss
+
+    def bad_weights(model, dataset, t_floor, velocity=None, most=512):
+        found = original(model, dataset, t_floor, velocity, most)
+        return 200 * found if velocity == model.forward and (len(history_of(tmp_path / "run")) == 4) == last else found
+
+    monkeypatch.setattr(train_diffusion, "validation_loss", bad_weights)
+    if last:  # the one of before is not lost
+        with pytest.raises(settings.InputError, match=r"Halve .* which goes on from \S+epoch_2.pt"):
+            train()
+    else:
+        train()
+    assert "epoch 2 is not saved: loss" in capsys.readouterr().out or last
+    assert set(checkpoints_of(tmp_path / "run")) == {
+        f"dit_conditional_{name}.pt" for name in (["epoch_2"] if last else ["final", "epoch_4"])
+    }
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_too(train, monkeypatch):
@@ -250,11 +522,13 @@ def test_a_gradient_that_is_no_number_ends_the_run_too(train, monkeypatch):
 
 def test_a_run_stopped_by_a_bad_number_goes_on_with_a_lower_rate(straight, train, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(flow, "velocity_loss", bad_from(5, float("nan")))
+        patch.setattr(flow, "velocity_loss", at_step(5, lambda velocity: velocity * float("nan")))
         with pytest.raises(settings.InputError):
-            train()
+            train(CHECKPOINT_SAVE_MINUTES=0)
     run = train(LEARNING_RATE=1e-3)
-    assert "changed since then: LEARNING_RATE 0.002 -> 0.001" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "is at epoch 0, step 3, going on" in out
+    assert "changed since then: LEARNING_RATE 0.002 -> 0.001" in out
     rates = [row["learning_rate"] for row in history_of(run)]
     assert rates == pytest.approx([row["learning_rate"] / 2 for row in history_of(straight)], rel=0.01, abs=1e-6)
 
@@ -264,16 +538,18 @@ def test_the_classifier_stops_at_a_loss_that_is_no_number(lens_data, tmp_path, m
     flags = ["--image_size", 32, "--batch_size", 32, "--pretrained", "false", "--data_dir", lens_data]
     with pytest.raises(SystemExit):
         run_script("train/train_classifier.py", *flags, "--output_dir", tmp_path)
-    assert "step 1: loss nan at a learning rate of" in capsys.readouterr().err
-    assert load_checkpoint(tmp_path / "classifier_ckpts" / "resnet18_step_0.pt")["step_in_epoch"] == 0
+    error = capsys.readouterr().err
+    assert "step 1: loss nan, where an untrained network has a loss of 1.1. Halve SCRATCH_LEARNING_RATE 0.001" in error
+    assert "which starts anew" in error
+    assert not list((tmp_path / "classifier_ckpts").glob("*.pt"))
 
 
 def test_steps_that_float16_skips_are_counted(train, monkeypatch, capsys):
     calls = []
 
     def overflows_twice(velocity, *args, original=flow.velocity_loss):
-        calls.append(1)
-        if len(calls) in (3, 10):
+        calls.append(torch.is_grad_enabled())
+        if calls[-1] and sum(calls) in (3, 10):
             velocity.register_hook(lambda gradient: gradient * float("inf"))
         return original(velocity, *args)
 

@@ -1,6 +1,8 @@
 """Training learns, writes what it promises, samples from the EMA weights and goes on where it stopped."""
 
 import functools
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from evaluate.evaluate_fld import generate_image, load_model
 from models import flow
 from models.checkpoint import build_generator, load_checkpoint
 from models.model import SIZES, NanoDiT
+from settings import InputError
 from train import train_diffusion
 
 
@@ -173,6 +176,20 @@ def test_without_weights_and_network_every_layer_is_trained(lens_data, tmp_path,
     assert "11,178,051 trainable parameters" in out
 
 
+def test_pretrained_weights_are_numbers_and_of_any_wrapper(lens_data, tmp_path, capsys):
+    import torchvision
+
+    weights = torchvision.models.resnet18().state_dict()
+    torch.save({f"module.{name}": value for name, value in weights.items()}, tmp_path / "wrapped.pth")
+    weights["layer1.0.conv1.weight"][0] = float("nan")
+    torch.save(weights, tmp_path / "nan.pth")
+    flags = ["--image_size", 8, "--batch_size", 108, "--epochs", 1, "--data_dir", lens_data, "--weights_path"]
+    run_script("train/train_classifier.py", *flags, tmp_path / "wrapped.pth", "--output_dir", tmp_path / "a")
+    with pytest.raises(SystemExit):
+        run_script("train/train_classifier.py", *flags, tmp_path / "nan.pth", "--output_dir", tmp_path / "b")
+    assert "nan.pth: its weights layer1.0.conv1.weight hold NaN or Inf" in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_resnet18_is_one_line(lens_data, tmp_path, capsys):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "w.pth")
     flags = ["--batch_size", 16, "--data_dir", lens_data]
@@ -192,4 +209,114 @@ def test_training_starts_from_the_weights_of_a_checkpoint(checkpoint, lens_data,
         assert torch.equal(started["model_state_dict"][name], value), name
     with pytest.raises(SystemExit):
         run_script("train/train_diffusion.py", *flags, "--latent_dim", 64)
-    assert f"{checkpoint} is of another network" in capsys.readouterr().err
+    assert f"{checkpoint} is of another network, not of hidden_size 64" in capsys.readouterr().err
+
+
+def test_the_size_of_a_network_to_start_from_is_its_own(checkpoint, lens_data, tmp_path, capsys):
+    flags = ["--data_dir", lens_data, "--output_dir", tmp_path, "--start_path", checkpoint, "--batch_size", 16]
+    flags += ["--epochs", 1, "--warmup_epochs", 0, "--cfg_scale", 1, "--num_ode_steps", 1, "--ema_update_every", 1]
+    run_script("train/train_diffusion.py", *flags)
+    assert f"network: that of {checkpoint}\n" in capsys.readouterr().out
+    path = tmp_path / "dit_conditional_ckpts" / "dit_conditional_final.pt"
+    assert load_checkpoint(path)["model_config"] == load_checkpoint(checkpoint)["model_config"]
+    trained, start = (load_checkpoint(of)["model_state_dict"] for of in (path, checkpoint))
+    assert not torch.equal(trained["blocks.0.mlp.fc1.weight"], start["blocks.0.mlp.fc1.weight"])
+    assert torch.equal(trained["pos_embed"], start["pos_embed"])
+    with pytest.raises(SystemExit):
+        run_script("train/train_diffusion.py", *flags, "--model_size", "NanoDiT-S/8")
+    assert "is of another network, not of patch_size 8, hidden_size 192, depth 6" in capsys.readouterr().err
+
+
+def test_a_size_beside_a_named_one_counts_and_is_said(train, capsys):
+    run = train(MODEL_SIZE="NanoDiT-S/16", MODEL_DEPTH=1, LATENT_DIM=None, MODEL_HEADS=None, EPOCHS=1)
+    assert "network: NanoDiT-S/16, but patch_size 16, but depth 1, but prediction image\n" in capsys.readouterr().out
+    config = load_checkpoint(run / "dit_conditional_ckpts" / "dit_conditional_final.pt")["model_config"]
+    assert (config["depth"], config["hidden_size"], config["num_heads"]) == (1, 192, 3)
+
+
+@pytest.mark.parametrize(
+    ("constants", "complaint"),
+    [
+        ({"CFG_SCALE": 5.0, "LABEL_DROPOUT": 0.0}, "CFG_SCALE 5 needs hidden labels: raise LABEL_DROPOUT"),
+        ({"CFG_SCALE": 0.0, "LABEL_DROPOUT": 0.0}, "CFG_SCALE 0 needs hidden labels"),
+        ({"WARMUP_EPOCHS": 4.0}, "WARMUP_EPOCHS 4 must be less than EPOCHS 4"),
+        ({"EMA_UPDATE_EVERY": 29}, "EMA_UPDATE_EVERY 29 is more than all steps"),
+        ({"PATCH_BASIS": 257}, "no such network: a patch of 16x16 pixels has fewer principal components: 257"),
+        ({"BATCH_SIZE": 109}, "--batch_size 109 is more than the 108 training images"),
+        ({"MIN_LEARNING_RATE": 0.01}, "MIN_LEARNING_RATE 0.01 is more than LEARNING_RATE 0.002"),
+    ],
+)
+def test_settings_that_defeat_each_other_are_named(train, tmp_path, constants, complaint):
+    with pytest.raises(InputError, match=complaint) as raised:
+        train(**constants)
+    assert raised.value.status == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("label_dropout", value) for value in (1, 2)),
+        *(("ema_beta", value) for value in (1, 1.5)),
+        *(("adam_beta2", value) for value in (1, 1.5)),
+        *(("time_median", value) for value in (0, 1)),
+        *(("time_width", 0), ("max_grad_norm", 0), ("img_size", 32), ("num_ode_steps", 0), ("cfg_scale", -1)),
+        *(("prediction", "Image"), ("time_sampling", "Uniform"), ("solver", "Euler")),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line_from_a_flag_and_from_the_script(capsys, flag, value):
+    for name, flags in ((None, [f"--{flag}", str(value)]), (flag.upper(), [])):
+        script = vars(train_diffusion).copy()
+        if name:
+            script[name] = value
+        with pytest.raises(SystemExit) as stopped:
+            settings.from_flags(script, flags)
+        assert stopped.value.code == 2
+        assert re.search(rf"{flag}.* is not ", capsys.readouterr().err, re.I)
+
+
+@pytest.mark.parametrize("pixels", [4, 7, 2000])
+def test_a_classifier_is_of_a_size_that_can_be_loaded(lens_data, capsys, pixels):
+    with pytest.raises(SystemExit) as stopped:
+        run_script("train/train_classifier.py", "--data_dir", lens_data, "--image_size", pixels)
+    assert stopped.value.code == 2
+    assert f"{pixels} is not a number from 8 to 1,024" in capsys.readouterr().err
+
+
+def test_a_classifier_of_ten_steps_in_all(lens_data, tmp_path):
+    flags = ["--image_size", 8, "--batch_size", 11, "--epochs", 1, "--pretrained", "false", "--data_dir", lens_data]
+    run_script("train/train_classifier.py", *flags, "--output_dir", tmp_path)
+    assert (tmp_path / "classifier_ckpts" / "resnet18_step_10.pt").exists()
+
+
+@pytest.mark.parametrize("script", ["train_diffusion", "train_classifier"])
+def test_a_class_without_images_ends_a_training_at_its_start(data_copy, tmp_path, capsys, script):
+    for path in (data_copy / "axion").glob("*.npy"):
+        path.unlink()
+    flags = ["--data_dir", data_copy, "--output_dir", tmp_path / "run", "--batch_size", 16]
+    with pytest.raises(SystemExit) as stopped:
+        run_script(f"train/{script}.py", *flags)
+    assert stopped.value.code == 2
+    assert "axion: no .npy files in it" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    if script == "train_diffusion":
+        flags += [*TINY_TRAINING, "--epochs", 1, "--on_missing_class", "go_on"]
+        run_script(f"train/{script}.py", *flags)
+        assert (tmp_path / "run" / "dit_conditional_ckpts" / "dit_conditional_final.pt").exists()
+
+
+def test_a_new_classifier_keeps_the_older_one(classifier_run, lens_data, tmp_path, capsys):
+    run = shutil.copytree(classifier_run, tmp_path / "run")
+    best = (run / "classifier_ckpts" / "resnet18_best.pt").read_bytes()
+    flags = ["--image_size", 32, "--batch_size", 16, "--epochs", 1, "--pretrained", "false", "--data_dir", lens_data]
+    run_script("train/train_classifier.py", *flags, "--output_dir", run, "--resume", "never", "--seed", 7)
+    assert (run / "earlier_1" / "classifier_ckpts" / "resnet18_best.pt").read_bytes() == best
+    assert len(history_of(run)) == 1
+    for path in (run / "classifier_ckpts").glob("resnet18_step_*.pt"):
+        path.unlink()
+    best = (run / "classifier_ckpts" / "resnet18_best.pt").read_bytes()
+    run_script("train/train_classifier.py", *flags, "--output_dir", run)  # which finds nothing to go on from
+    assert (run / "earlier_2" / "classifier_ckpts" / "resnet18_best.pt").read_bytes() == best
+    path = next((run / "earlier_1" / "classifier_ckpts").glob("resnet18_step_*.pt"))
+    run_script("train/train_classifier.py", *flags, "--epochs", 3, "--output_dir", tmp_path / "on", "--resume", path)
+    assert f"{tmp_path / 'on' / 'classifier_ckpts' / path.name} is at epoch" in capsys.readouterr().out

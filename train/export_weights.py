@@ -15,9 +15,9 @@ from models.checkpoint import build_generator, load_checkpoint, save_weights
 from models.classifier import load_classifier
 from settings import InputError
 
-CHECKPOINT_PATH = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Of a generator or a classifier
-OUTPUT_PATH = "weights/nanodit.safetensors"  # The file to write
-HALVED = ""  # Pattern for the names of parameters to store in float16, half as large; "*" for all
+CHECKPOINT_PATH: str = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Or a classifier's
+OUTPUT_PATH: str = "weights/nanodit.safetensors"  # The file to write
+HALVED: str = ""  # Pattern for the names of parameters to store in float16, half as large; "*" for all
 
 _KEPT = ("epoch", "sampler", "val_accuracy", "settings")  # of what else a checkpoint says
 
