@@ -32,28 +32,30 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plots
 import settings
-from dataset import CLASSES
+from dataset import CLASSES, load_parts
 from evaluate.estimate_cost import seconds
 from evaluate.evaluate_fld import load_model, sampler_of
 from evaluate.lens_distance import LensDistance
-from files import whole
+from files import hold, whole
 from models import flow
 from models.classifier import load_classifier
 from models.model import SIZES, NanoDiT
+from settings import Count
 from simulate.simulate_lenses import parameter_table, render_row, usable_cores
 from simulate.vectorized import shoot_rays, to_tensors
 
-DATA_DIR = None  # Folder with axion/, cdm/ and no_sub/: adds the Fréchet distance to its test images, over its floor
-CHECKPOINT_PATH = settings.first_there(  # The generator: the one trained here, or else the one of the repository
+DATA_DIR: str | None = None  # Folder with axion/, cdm/ and no_sub/: adds the Fréchet distance to its test images
+CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
     "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/nanodit_s64.safetensors"
 )
-CLASSIFIER_PATH = settings.first_there(  # Gives the lens features, likewise
+CLASSIFIER_PATH: str = settings.first_there(  # Gives the lens features, likewise
     "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
 )
-OUTPUT_DIR = "benchmark"  # Where the table and the plot go
-BATCH_SIZE = 64  # Images at once
-ROUNDS = 3  # Every contender is timed in each round; the least time counts, as what others do on a machine adds to it
-IMAGES_PER_CLASS = 500  # In a Fréchet distance; as many as half of the test images if these are fewer
+CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
+OUTPUT_DIR: str = "benchmark"  # Where the table and the plot go
+BATCH_SIZE: Count = 64  # Images at once
+ROUNDS: Count = 3  # Every contender is timed in each round; the least time counts: what others do adds to it
+IMAGES_PER_CLASS: Count = 500  # In a Fréchet distance; as many as half of the test images if these are fewer
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
 _PASSES = (1, 2, 4, 8, 16)
@@ -65,7 +67,7 @@ _Timed = dict[str, tuple[int, Callable[[], object]]]  # contender -> images, and
 
 def main() -> None:
     device = settings.pick_device(DEVICE)
-    Path(OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+    hold(OUTPUT_DIR)
     model = load_model(CHECKPOINT_PATH, DEVICE)
     quality = {} if DATA_DIR is None else quality_of(model, device)  # first: what is wrong with the data shows at once
     generators = networks(model, device)
@@ -136,7 +138,7 @@ def simulators(device: torch.device) -> Iterator[_Timed]:
         for of_name in of_class:
             shoot(*to_tensors(of_name, device)).cpu()
 
-    with ProcessPoolExecutor(usable_cores(), initializer=settings.ignore_ctrl_c) as pool:
+    with ProcessPoolExecutor(usable_cores(), initializer=settings.as_worker) as pool:
         yield {
             _LENSTRONOMY: (len(rows), lambda: list(pool.map(render_row, rows, chunksize=4))),
             _VECTORIZED: (len(rows), vectorized),
@@ -194,7 +196,7 @@ def cost(model: NanoDiT, images: int, sampler: flow.Sampler) -> float:
 def peak_memory() -> dict[int, float]:
     """Bytes that generating so many images at once needs beyond the loaded network, in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, settings.ignore_ctrl_c) as pool:
+    with ProcessPoolExecutor(1, spawn, settings.as_worker) as pool:
         return pool.submit(_peak_memory, CHECKPOINT_PATH).result()
 
 
@@ -211,13 +213,14 @@ def _highest() -> float:
     """Most bytes that this process has held; on Linux ``getrusage`` would count its parent's."""
     status = Path("/proc/self/status")
     if status.exists():
-        return 1024 * float(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+        return 1024 * float(re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="utf-8"))[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
 def quality_of(model: NanoDiT, device: torch.device) -> dict[int, dict[str, float]]:
     """Fréchet distance in lens features over its floor: passes -> part -> ratio."""
-    distance = LensDistance(DATA_DIR, load_classifier(CLASSIFIER_PATH, device), IMAGES_PER_CLASS)
+    (test,) = load_parts(DATA_DIR, "test", cache_dir=CACHE_DIR)
+    distance = LensDistance(test, load_classifier(CLASSIFIER_PATH, device), IMAGES_PER_CLASS)
     found = {}
     for passes in tqdm(_PASSES, "quality", leave=False):
         images = model.generate(distance.labels, of_passes(model, passes))
@@ -250,6 +253,7 @@ def print_growth(growth: dict[str, dict[int, float]], memory: dict[int, float]) 
             print(f"| memory in MB | {' | '.join(f'{value / 1e6:.0f}' for value in memory.values())} |")
 
 
+@plots.own_style
 def picture(found: dict[str, dict[str, float]], quality: dict[int, dict[str, float]]) -> Figure:
     """Speeds, with the distance beside those whose quality was measured."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")

@@ -18,19 +18,22 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
-from dataset import CLASSES, NpyDataset
-from evaluate.figures import PARTS, TITLES, Reference, apart, fewest, first_of_each_class
+from dataset import CLASSES, NpyDataset, load_parts, some_of_each_class
+from evaluate.figures import PARTS, TITLES, Reference, apart, fewest
 from evaluate.report import with_spread
+from files import claim
 from models.classifier import load_classifier
+from settings import Count, InputError, Splits, Whole
 
-DATA_DIR = "data"  # Folder with axion/, cdm/ and no_sub/
-OUTPUT_DIR = "metric_check"  # Where the broken images go
-CLASSIFIER_PATH = settings.first_there(  # Gives the lens features; the repository's if none was trained here
+DATA_DIR: str = "data"  # Folder with axion/, cdm/ and no_sub/
+OUTPUT_DIR: str = "metric_check"  # Where the broken images go
+CLASSIFIER_PATH: str = settings.first_there(  # Gives the lens features; the repository's if none was trained here
     "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
 )
-IMAGES_PER_CLASS = 1000  # As many as half of the test or all of the validation images if these are fewer
-NUM_SPLITS = 10  # Random halves of the real images, for floors and their spread
-SEED = 0  # Of the splits and of what is done to the images
+CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
+IMAGES_PER_CLASS: Count = 1000  # As many as half of the test or all of the validation images if these are fewer
+NUM_SPLITS: Splits = 10  # Random halves of the real images, for floors and their spread
+SEED: Whole = 0  # Of the splits and of what is done to the images
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
 # What is done to (n, 64, 64) images of the validation part, class by class, in order of CLASSES
@@ -45,17 +48,17 @@ _BROKEN: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
 }
 # And two that are not made image by image: training images returned, and classes given each other's images
 _COPIES, _SWAPPED = "copies", "swapped"
+_MARKER = "made_here.txt"  # in OUTPUT_DIR, so that nobody's own folder is written to
 
 
 def main() -> None:
-    train, val, test = (NpyDataset(DATA_DIR, None, part) for part in ("train", "val", "test"))
+    claim(OUTPUT_DIR, _MARKER)
+    train, val, test = load_parts(DATA_DIR, "train", "val", "test", cache_dir=CACHE_DIR)
     count = min(IMAGES_PER_CLASS, fewest(test) // 2, fewest(val), fewest(train))
-    if NUM_SPLITS < 2:
-        raise settings.InputError("--num_splits must be 2 or more: one split has no spread")
     if count < 3:
-        raise settings.InputError(f"{DATA_DIR}: too few images of a class; add images")
+        raise InputError(f"{DATA_DIR}: too few images of a class; add images")
     classifier = load_classifier(CLASSIFIER_PATH, settings.pick_device(DEVICE))
-    reference = Reference(test, train, count, classifier)
+    reference = Reference(test, train, count, classifier, seed=SEED)
     folders = write_broken(Path(OUTPUT_DIR), train, val, count, SEED)
     found = {
         name: reference.score(name, NpyDataset(folder), NUM_SPLITS, SEED).figures
@@ -77,7 +80,7 @@ def write_broken(output: Path, train: NpyDataset, val: NpyDataset, count: int, s
     """Writes a folder of images for each broken generator; returns the folders."""
     rng = np.random.default_rng(seed)
     real, of_train = (
-        dataset.read(first_of_each_class(dataset.labels, n)).numpy()[:, 0].reshape(len(CLASSES), -1, 64, 64)
+        dataset.read(some_of_each_class(dataset.labels, n, seed)).numpy()[:, 0].reshape(len(CLASSES), -1, 64, 64)
         for dataset, n in ((val, count), (train, fewest(train)))
     )
     sets = {name: np.stack([change(images, rng) for images in real]) for name, change in _BROKEN.items()}

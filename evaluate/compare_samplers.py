@@ -19,23 +19,25 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plots
 import settings
-from dataset import CLASSES
+from dataset import CLASSES, load_parts
 from evaluate.evaluate_fld import load_model
 from evaluate.lens_distance import LensDistance
-from files import whole
+from files import hold, whole
 from models import flow
 from models.classifier import load_classifier
 from models.model import NanoDiT
+from settings import Count, InputError, Whole
 
-DATA_DIR = "data"  # Folder with axion/, cdm/ and no_sub/: its test images are the reference
-CHECKPOINT_PATH = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Of train_diffusion.py
-STUDENTS_DIR = None  # Folder of checkpoints of train/distill.py: each is measured with its own sampler
-CLASSIFIER_PATH = settings.first_there(  # Gives the lens features: the one trained here, or else that of the repository
+DATA_DIR: str = "data"  # Folder with axion/, cdm/ and no_sub/: its test images are the reference
+CHECKPOINT_PATH: str = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Of train_diffusion.py
+STUDENTS_DIR: str | None = None  # Folder of checkpoints of train/distill.py: each is measured with its own sampler
+CLASSIFIER_PATH: str = settings.first_there(  # Gives the lens features: the one trained here, or else the shipped one
     "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
 )
-OUTPUT_DIR = "samplers"  # Where the table and the plot go
-IMAGES_PER_CLASS = 1000  # In a distance; as many as half of the test images of a class if these are fewer
-SEED = 0  # Of the noise
+CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
+OUTPUT_DIR: str = "samplers"  # Where the table and the plot go
+IMAGES_PER_CLASS: Count = 1000  # In a distance; as many as half of the test images of a class if these are fewer
+SEED: Whole = 0  # Of the noise
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
 _STEPS = (1, 2, 4, 8, 16, 32)
@@ -47,12 +49,13 @@ _Found = dict[str, dict[int, dict[str, float]]]  # sampler -> passes -> part -> 
 
 def main() -> None:
     model = load_model(CHECKPOINT_PATH, DEVICE)
-    distance = LensDistance(DATA_DIR, load_classifier(CLASSIFIER_PATH, model.pos_embed.device), IMAGES_PER_CLASS)
+    (test,) = load_parts(DATA_DIR, "test", cache_dir=CACHE_DIR)
+    distance = LensDistance(test, load_classifier(CLASSIFIER_PATH, model.pos_embed.device), IMAGES_PER_CLASS)
     paths = sorted(Path(STUDENTS_DIR).glob("*.pt")) if STUDENTS_DIR else []
     if STUDENTS_DIR and not paths:
-        raise settings.InputError(f"{STUDENTS_DIR}: no .pt files in it")
+        raise InputError(f"{STUDENTS_DIR}: no .pt files in it")
     students = [load_model(path, DEVICE) for path in paths]
-    Path(OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+    hold(OUTPUT_DIR)
     plain = [(solver, grid, steps) for solver in flow.SOLVERS for grid in flow.TIME_GRIDS for steps in _STEPS]
     guided = [(steps, *of_guidance) for of_guidance in _GUIDANCE for steps in _GUIDANCE_STEPS]
     found: _Found = {}
@@ -98,6 +101,7 @@ def print_table(found: _Found) -> None:
             print(f"| {name} | {passes} | {' | '.join(f'{value:.1f}' for value in ratio.values())} |")
 
 
+@plots.own_style
 def picture(found: _Found) -> Figure:
     """A panel for all images and one for each class."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")

@@ -23,14 +23,15 @@ from dataset import CLASSES
 from files import save_array
 from models import flow
 from models.model import SIZES, NanoDiT
+from settings import Count, Guidance, Positive, Steps
 from train.train_diffusion import duration, seconds_an_image
 
 MODEL_SIZE: Literal[tuple(SIZES)] = "NanoDiT-B/2"  # The network; weights do not matter for its speed
-NUM_ODE_STEPS = 50  # Euler steps from noise to image
-CFG_SCALE = 5.0  # Guidance scale; 1 is no guidance, half of the work
-BATCH_SIZE = 128  # Images at once, on each device
-OUTPUT_DIR = "."  # Somewhere on the file system that the images would go to
-NETWORK_GB_PER_S = 10.0  # Between devices, where it is not measured: when this runs as one process
+NUM_ODE_STEPS: Steps = 50  # Euler steps from noise to image
+CFG_SCALE: Guidance = 5.0  # Guidance scale; 1 is no guidance, half of the work
+BATCH_SIZE: Count = 128  # Images at once, on each device
+OUTPUT_DIR: str = "."  # Somewhere on the file system that the images would go to
+NETWORK_GB_PER_S: Positive = 10.0  # Between devices, where it is not measured: when this runs as one process
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
 _IMAGES = (10**6, 10**9)

@@ -18,10 +18,11 @@ from dataset import CLASSES, is_image_file, read_image
 from models.classifier import classify, load_classifier
 from settings import InputError
 
-NPY_PATH = None  # An image, or a folder of images; those in folders named axion, cdm and no_sub are scored
-MODEL_PATH = settings.first_there(  # The classifier: the one trained here, or else the one of the repository
+NPY_PATH: str | None = None  # An image, or a folder of images; those in folders named axion, cdm and no_sub are scored
+MODEL_PATH: str = settings.first_there(  # The classifier: the one trained here, or else the one of the repository
     "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_sharp.safetensors"
 )
+ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" goes on without the files that cannot be read
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
 
@@ -38,27 +39,29 @@ def main() -> None:
     files = sorted(found, key=lambda file: (file.parent, len(file.name), file.name))
     if not files:
         raise InputError(f"{path}: no .npy files in it")
-    images, problems = [], []
+    images, problems = {}, []
     for file in files:
         try:
-            images.append(torch.from_numpy(read_image(file)[0]))
+            images[str(file.relative_to(path))] = torch.from_numpy(read_image(file)[0])
         except InputError as error:
             problems.append(str(error))
-    if problems:
+    if problems and (ON_BAD_FILE == "raise" or not images):
         raise InputError("\n".join(problems))
-    confidences, indices = classify(model, torch.stack(images))[0].max(1)
-    print_table([str(file.relative_to(path)) for file in files], indices.tolist(), confidences.tolist())
+    for problem in problems:
+        print(f"{problem}: skipped")
+    confidences, indices = classify(model, torch.stack(list(images.values())))[0].max(1)
+    print_table(path.resolve().name, list(images), indices.tolist(), confidences.tolist())
 
 
-def print_table(files: list[str], indices: list[int], confidences: list[float]) -> None:
-    """A line for each file, then the accuracy of each class folder."""
+def print_table(top: str, files: list[str], indices: list[int], confidences: list[float]) -> None:
+    """A line for each file, then the accuracy of each class: that of the folder, ``top`` at most, that has its name."""
     width = max(map(len, files))
     print(f"{'file':{width}}  {'predicted':9}  confidence")
     for file, index, confidence in zip(files, indices, confidences, strict=True):
         print(f"{file:{width}}  {CLASSES[index]:9}  {confidence:.4f}")
-    right = [CLASSES[index] == Path(file).parent.name for file, index in zip(files, indices, strict=True)]
+    true = [next((part for part in reversed((top, *Path(file).parts[:-1])) if part in CLASSES), None) for file in files]
     for name in CLASSES:
-        of_class = [correct for file, correct in zip(files, right, strict=True) if Path(file).parent.name == name]
+        of_class = [CLASSES[index] == name for index, of_file in zip(indices, true, strict=True) if of_file == name]
         if of_class:
             print(f"Accuracy on {name}: {sum(of_class) / len(of_class):.2%} of {len(of_class)}")
 

@@ -4,18 +4,16 @@
     python evaluate/evaluate_fld.py --generated_dir D      # images {axion,cdm,no_sub}/*.npy of any other generator
 
 Every figure stands beside its floor, the same figure of real images against real images. Writes
-GENERATED_DIR/{axion,cdm,no_sub}/{i}.npy, a picture of real above generated lenses, REPORT_DIR/report.json and
-REPORT_DIR/report.html, and prints a table. In a notebook:
+OUTPUT_DIR/{axion,cdm,no_sub}/{i}.npy, unless it is given a folder to score, a picture of real above generated lenses,
+REPORT_DIR/report.json and REPORT_DIR/report.html, and prints a table. In a notebook:
 ``from evaluate.evaluate_fld import load_model, generate_image``.
 """
 
-import json
-import re
 import socket
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,63 +23,72 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed
+import plots
 import settings
-from dataset import CLASSES, NpyDataset
-from evaluate import report
+from dataset import CLASSES, NpyDataset, is_image_file, load_parts, print_counts
+from evaluate import generated_folder, report
 from evaluate.figures import Reference, fewest, half_size
-from files import save_array, whole
+from files import contents, hold, holder_of
 from models import flow
 from models.checkpoint import build_generator, load_checkpoint
 from models.classifier import load_classifier
 from models.model import NanoDiT
-from settings import InputError
+from settings import Count, Guidance, InputError, Interval, Splits, Steps, Whole, checked
 
-DATA_DIR = "data"  # Folder with axion/, cdm/ and no_sub/: its test images are the reference
-REAL_DIR = None  # Another such folder of real images, in its place
-GENERATED_DIR = "generated_npy"  # Where generated images go; a folder of images made by something else is only scored
-REPORT_DIR = "evaluation"  # Where report.html and report.json go
-FIGURE_PATH = "evaluation/lenses.png"  # Picture of real and generated lenses
-CHECKPOINT_PATH = settings.first_there(  # The generator: the one trained here, or else the one of the repository
+DATA_DIR: str = "data"  # Folder with axion/, cdm/ and no_sub/: its test images are the reference
+REAL_DIR: str | None = None  # Another such folder of real images, in its place
+GENERATED_DIR: str | None = None  # A folder of images to score; None generates them. Nothing is ever written to it
+OUTPUT_DIR: str = "generated_npy"  # Where generated images go, and _compared behind it those of a second checkpoint
+REPORT_DIR: str = "evaluation"  # Where report.html and report.json go
+FIGURE_PATH: str = "evaluation/lenses.png"  # Picture of real and generated lenses
+CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
     "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/nanodit_s64.safetensors"
 )
-COMPARE_PATH = None  # A second checkpoint, or folder of images, to be scored in columns beside the first
-CLASSIFIER_PATH = settings.first_there(  # Gives the lens features, likewise
+COMPARE_PATH: str | None = None  # A second checkpoint, or folder of images, to be scored in columns beside the first
+CLASSIFIER_PATH: str = settings.first_there(  # Gives the lens features, likewise
     "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
 )
-INCEPTION_WEIGHTS_PATH = None  # File of its weights, for a machine without network
+INCEPTION_WEIGHTS_PATH: str | None = None  # File of its weights, for a machine without network
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" goes on without the files that cannot be read
-IMAGES_PER_CLASS = 1000  # As many as half of the test images of a class if these are fewer
-NUM_SPLITS = 10  # Random halves of the real images, for floors and their spread; more for a steadier spread
-NUM_ODE_STEPS: int | None = None  # From noise to image; None takes as many as the checkpoint says
-CFG_SCALE: float | None = None  # Guidance scale, 1 is no guidance; None takes that of the checkpoint
-BATCH_SIZE = 128  # Images at once; reduce when memory runs out
-SEED = 0  # Image k of a seed is always the same
+CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
+IMAGES_PER_CLASS: Count = 1000  # As many as half of the test images of a class if these are fewer
+NUM_SPLITS: Splits = 10  # Random halves of the real images, for floors and their spread; more for a steadier spread
+NUM_ODE_STEPS: Steps | None = None  # From noise to image; None takes as many as the checkpoint says
+CFG_SCALE: Guidance | None = None  # Guidance scale, 1 is no guidance; None takes that of the checkpoint
+BATCH_SIZE: Count = 128  # Images at once; reduce when memory runs out
+SEED: Whole = 0  # Image k of a seed is always the same
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
 _CLASS_STRIDE = 10**9  # images of a class are numbered from here, so that each starts from noise of its own
-_MARKER = "generated_by.json"  # in a folder of images made here
 
 
 def main() -> None:
     device = distributed.join(settings.pick_device(DEVICE))
     data = REAL_DIR or DATA_DIR
+    plots.check_format(FIGURE_PATH)  # now, not after minutes of work
+    check_places()
     with distributed.main_first():
-        real, train = (NpyDataset(data, None, part, ON_BAD_FILE) for part in ("test", "train"))
+        if distributed.is_main():
+            hold(REPORT_DIR)
+        Path(FIGURE_PATH).parent.mkdir(parents=True, exist_ok=True)
+        real, train = load_parts(data, "test", "train", on_bad_file=ON_BAD_FILE, cache_dir=CACHE_DIR)
     classifier = load_classifier(CLASSIFIER_PATH, device)
     print(f"Lens features of {CLASSIFIER_PATH}")
-    count = half_size(real, IMAGES_PER_CLASS)
-    if NUM_SPLITS < 2:
-        raise InputError("--num_splits must be 2 or more: one split has no spread")
-    for folder in (Path(REPORT_DIR), Path(FIGURE_PATH).parent):  # now, not after minutes of work
-        folder.mkdir(parents=True, exist_ok=True)
-    samples = [images_to_score(GENERATED_DIR, CHECKPOINT_PATH, count)]
+    to_score = [read_folder(GENERATED_DIR) if GENERATED_DIR else prepare(CHECKPOINT_PATH, OUTPUT_DIR)]
     if COMPARE_PATH is not None:
-        of_checkpoint = f"{GENERATED_DIR.rstrip('/')}_compared"
-        other = (COMPARE_PATH, None) if Path(COMPARE_PATH).is_dir() else (of_checkpoint, COMPARE_PATH)
-        samples.append(images_to_score(*other, count))
-    count = min(count, *(fewest(dataset) for dataset, _ in samples))
+        is_folder, beside = Path(COMPARE_PATH).is_dir(), f"{OUTPUT_DIR.rstrip('/')}_compared"
+        to_score.append(read_folder(COMPARE_PATH) if is_folder else prepare(COMPARE_PATH, beside))
+    given = [fewest(folder) for folder in to_score if isinstance(folder, NpyDataset)]
+    count = min([half_size(real, IMAGES_PER_CLASS), *given])
     if count < 3:
         raise InputError("fewer than 3 images of a class to score; add images")
+    samples = [
+        take_numbered(folder, count) if isinstance(folder, NpyDataset) else generate(*folder, count)
+        for folder in to_score
+    ]
+    count = min(count, *(fewest(dataset) for dataset, _ in samples))  # what is bad may have been skipped
+    if count < 3:
+        raise InputError("fewer than 3 sound images of a class to score")
     with distributed.main_first():
         inception = load_inception(device)
     for space, features in {"lens": classifier.fc.in_features, "Inception": 2048 if inception else 0}.items():
@@ -90,10 +97,11 @@ def main() -> None:
                 f"{count} images of a class are too few for the covariance of {features} features: Fréchet distances "
                 f"in {space} features are too high, and mean something only beside their floor"
             )
-    reference = Reference(real, train, count, classifier, inception, BATCH_SIZE)
+    reference = Reference(real, train, count, classifier, inception, BATCH_SIZE, SEED)
     names = [dataset.root_dir.name for dataset, _ in samples]
-    if len(set(names)) < len(names):
+    if len({"real", *names}) <= len(names):
         names = [str(dataset.root_dir) for dataset, _ in samples]
+    names = [name.encode("utf-8", "replace").decode() for name in names]  # to draw; a folder's name may be any bytes
     scored = []
     for name, (dataset, source) in zip(names, samples, strict=True):
         sample = reference.score(name, dataset, NUM_SPLITS, SEED)
@@ -126,7 +134,7 @@ def load_model(path: str | Path, device: str = "auto") -> NanoDiT:
 
 def generate_image(
     model: NanoDiT,
-    target_class: int,
+    target_class: int | str,
     ode_steps: int | None = None,
     cfg_scale: float | None = None,
     num_samples: int = 1,
@@ -135,7 +143,7 @@ def generate_image(
     """Generates lenses of one class.
 
     Args:
-        target_class: 0 axion, 1 cdm, 2 no_sub.
+        target_class: 0 axion, 1 cdm, 2 no_sub, or the name.
         ode_steps: steps from noise to image, None for as many as the checkpoint says (50 for published ones).
         cfg_scale: guidance scale, None for that of the checkpoint (5 for published ones); higher is truer to the class
             and less diverse, 1 is no guidance.
@@ -144,12 +152,23 @@ def generate_image(
 
     Returns:
         (num_samples, 1, 64, 64) float32 in [0, 1], on the CPU.
+
+    Raises:
+        InputError: with the name of the argument that cannot be.
     """
-    if target_class not in range(model.num_classes):
-        raise InputError(
-            f"target_class {target_class!r} is not one of 0 to {model.num_classes - 1}: {', '.join(CLASSES)}"
-        )
-    return model.generate(torch.full((num_samples,), target_class), sampler_of(model, ode_steps, cfg_scale), seed)
+    if not isinstance(model, NanoDiT):
+        raise InputError(f"model {model!r} is none: load_model gives one")
+    try:
+        label = CLASSES.index(target_class) if isinstance(target_class, str) else target_class
+        label = checked("target_class", label, Annotated[int, Interval(0, model.num_classes - 1)])
+    except (ValueError, InputError):
+        known = f"one of 0 to {model.num_classes - 1}: {', '.join(CLASSES)}"
+        raise InputError(f"target_class {target_class!r} is not {known}") from None
+    sampler = sampler_of(
+        model, checked("ode_steps", ode_steps, Steps | None), checked("cfg_scale", cfg_scale, Guidance | None)
+    )
+    labels = torch.full((checked("num_samples", num_samples, Count),), label)
+    return model.generate(labels, sampler, checked("seed", seed, Whole))
 
 
 def sampler_of(model: NanoDiT, ode_steps: int | None, cfg_scale: float | None) -> flow.Sampler:
@@ -158,40 +177,76 @@ def sampler_of(model: NanoDiT, ode_steps: int | None, cfg_scale: float | None) -
     return sampler if ode_steps is None else replace(sampler, steps=ode_steps, tolerance=None)
 
 
-def images_to_score(folder: str, checkpoint: str | None, count: int) -> tuple[NpyDataset, dict[str, Any]]:
-    """The images of a folder, and where they come from; generates them unless something else made them."""
-    folder, marker = Path(folder), Path(folder) / _MARKER
-    if not marker.exists() and any(folder.glob("*/*.npy")):
-        print(f"Scoring the images of {folder}, which were not made here: nothing is generated")
-        with distributed.main_first():
-            return NpyDataset(folder, None, "all", ON_BAD_FILE), {"folder": str(folder)}
+def check_places() -> None:
+    """Raises InputError when the report would be written into a folder that is only to be scored."""
+    for scored in [Path(path) for path in (GENERATED_DIR, COMPARE_PATH) if path and Path(path).is_dir()]:
+        for written in (REPORT_DIR, FIGURE_PATH):
+            if scored.resolve() in (Path(written).resolve(), *Path(written).resolve().parents):
+                raise InputError(f"{scored} is only to be scored: nothing may be written to {written}", 2)
+
+
+def read_folder(path: str) -> NpyDataset:
+    """The images of a folder that is to be scored as it is.
+
+    Raises:
+        InputError: with what the folder holds, when a class has no images in it, or when it is still being written to.
+    """
+    folder = Path(path)
+    if distributed.is_main() and (holder := holder_of(folder)):
+        raise InputError(f"{folder} is in use; it belongs to {holder}: score it when that has ended")
+    there = {name: any(is_image_file(path.name) for path in (folder / name).glob("*")) for name in CLASSES}
+    if missing := [f"{name}/" for name in CLASSES if not there[name]]:
+        found = contents(folder)
+        deeper = {path.parent for path in folder.rglob("*.npy") if is_image_file(path.name)} - {folder}
+        found += f", with images in {min(deeper)}" if deeper else ""
+        raise InputError(f"{folder}: nothing to score: no .npy images in {', '.join(missing)}; it {found}", status=2)
+    print(f"Scoring the images of {folder}: nothing is generated")
+    with distributed.main_first():
+        dataset = NpyDataset(folder, None, "all", ON_BAD_FILE, cache_dir=CACHE_DIR or Path(REPORT_DIR) / "cache")
+    print_counts({"images": dataset}, str(folder))
+    return dataset
+
+
+def take_numbered(dataset: NpyDataset, count: int) -> tuple[NpyDataset, dict[str, Any]]:
+    """Of a folder made here, images 0 to count - 1 of each class; of any other, all; and where they come from."""
+    folder = dataset.root_dir
+    source = generated_folder.source_of(folder)
+    if source is None:
+        return dataset, {"folder": str(folder)}
+    if changed := generated_folder.altered(folder):
+        print(f"{len(changed)} images of {folder} are not as they were written here, {changed[0]} for one")
+    first = dataset.only(generated_folder.numbered(count))
+    return (first if len(first) == count * len(CLASSES) else dataset), source | {"folder": str(folder)}
+
+
+def prepare(checkpoint: str, output: str) -> tuple[NanoDiT, Path, dict[str, Any]]:
+    """A generator, the folder for its images, which is this process's own then, and how it makes them."""
     model = load_model(checkpoint, DEVICE)
-    sampler = sampler_of(model, NUM_ODE_STEPS, CFG_SCALE)
     source = {
         "checkpoint": str(checkpoint),
         "sha256": report.sha256(checkpoint),
-        "sampler": asdict(sampler),
+        "sampler": asdict(sampler_of(model, NUM_ODE_STEPS, CFG_SCALE)),
         "seed": SEED,
     }
+    with distributed.main_first():
+        if distributed.is_main():
+            generated_folder.begin(Path(output), source)
+    return model, Path(output), source
+
+
+def generate(model: NanoDiT, folder: Path, source: dict[str, Any], count: int) -> tuple[NpyDataset, dict[str, Any]]:
+    """Images 0 to count - 1 of each class, and how they were made."""
     generate_to_folder(model, folder, count, source)
     with distributed.main_first():
-        return NpyDataset(folder, None, "all", ON_BAD_FILE), source
+        dataset = NpyDataset(folder, None, "all", ON_BAD_FILE)
+    return dataset.only(generated_folder.numbered(count)), source
 
 
 def generate_to_folder(model: NanoDiT, folder: Path, count: int, source: dict[str, Any]) -> None:
-    """Writes {class}/{i}.npy, (64, 64) float32 in [0, 1], and how they were made; goes on where it was stopped.
+    """Writes {class}/{i}.npy, (64, 64) float32 in [0, 1], to a folder that was begun; goes on where it was stopped.
 
-    No two images start from the same noise, and image i of a class and seed is always the same. Images of another
-    checkpoint or other settings in the folder are replaced.
+    No two images start from the same noise, and image i of a class and seed is always the same.
     """
-    marker = folder / _MARKER
-    with distributed.main_first():
-        if not marker.exists() or json.loads(marker.read_text()) != source:
-            for old in folder.glob("*/*.npy"):
-                if re.fullmatch(r"\d+", old.stem):
-                    old.unlink()
-            with whole(marker) as file:
-                file.write(json.dumps(source, indent=1).encode())
     sampler = flow.Sampler(**source["sampler"])
     print(
         f"Generating {count} images of each class in {sampler.steps} {sampler.solver} steps, guidance "
@@ -202,14 +257,15 @@ def generate_to_folder(model: NanoDiT, folder: Path, count: int, source: dict[st
 
     def generate_batch(batch: tuple[int, int]) -> None:
         label, first = batch
-        paths = [folder / CLASSES[label] / f"{i}.npy" for i in range(first, min(first + BATCH_SIZE, count))]
-        if not all(path.exists() for path in paths):
-            labels = torch.full((len(paths),), label)
+        names = [f"{CLASSES[label]}/{i}.npy" for i in range(first, min(first + BATCH_SIZE, count))]
+        if not all((folder / name).exists() for name in names):
+            labels = torch.full((len(names),), label)
             number = label * _CLASS_STRIDE + first
             images = model.generate(labels, sampler, source["seed"], BATCH_SIZE, number)
-            for path, image in zip(paths, images, strict=True):
-                save_array(path, image[0].numpy())
-        bar.update(len(paths))
+            for name, image in zip(names, images, strict=True):
+                if not (folder / name).exists():
+                    generated_folder.write(folder, name, image[0].numpy())
+        bar.update(len(names))
 
     with bar:
         distributed.spread(generate_batch, batches)

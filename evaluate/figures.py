@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import distributed
-from dataset import CLASSES, NpyDataset
+from dataset import CLASSES, NpyDataset, some_of_each_class
 from evaluate import metrics, physics
 from evaluate.measure import Measured, Sample, find_nearest, measure, measure_cached, select, thumbnails
 from evaluate.two_sample import HELD_OUT, told_apart
@@ -86,11 +86,6 @@ def halves(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.cat(first), torch.cat(second)
 
 
-def first_of_each_class(labels: Tensor, count: int) -> Tensor:
-    """Indices of the first ``count`` images of every class, class by class."""
-    return torch.cat([torch.nonzero(labels == label).flatten()[:count] for label in range(len(CLASSES))])
-
-
 def compare(real: Measured, other: Measured, train: Measured) -> dict[str, float]:
     """Every figure of two samples of one size but the two-sample test, which needs the images themselves."""
     found = {}
@@ -114,10 +109,12 @@ class Reference:
     """The real images that others are scored against, measured once.
 
     Args:
-        test: the reference images; twice ``count`` of each class are used, for halves without a common image.
+        test: the reference images; twice ``count`` of each class, chosen at random, are used, for halves without a
+            common image.
         train: the training images, among which copies are sought; ``count`` of each class enter the FLD.
         count: images of a class in every figure, 3 or more.
         classifier, inception: the networks that give features.
+        seed: of the choice of images.
     """
 
     def __init__(
@@ -128,11 +125,12 @@ class Reference:
         classifier: nn.Module,
         inception: nn.Module | None = None,
         batch_size: int = 128,
+        seed: int = 0,
     ):
         self.count, self.networks = count, (classifier, inception, batch_size)
-        index = first_of_each_class(test.labels, 2 * count)
+        index = some_of_each_class(test.labels, 2 * count, seed)
         self.sample = Sample("real", test, index, measure_cached("test", test, index, *self.networks))
-        index = first_of_each_class(train.labels, count)
+        index = some_of_each_class(train.labels, count, seed)
         self.train = train
         self.train_measured = measure_cached("train", train, index, classifier, None, batch_size)
         self.train_thumbnails = thumbnails(train)
@@ -148,7 +146,7 @@ class Reference:
             The measured sample; its ``figures`` are: figure -> "overall" or class -> value, value_std, floor and
             floor_std, None where it does not apply.
         """
-        index = first_of_each_class(dataset.labels, self.count)
+        index = some_of_each_class(dataset.labels, self.count, seed)
         other = Sample(name, dataset, index, measure(dataset, index, *self.networks))
         find_nearest(other.measured, self.train_thumbnails)
         real, labels = self.sample, other.measured["label"]

@@ -3,8 +3,8 @@
 import numpy as np
 from torch import Tensor, nn
 
-from dataset import NpyDataset, normalize
-from evaluate.figures import PARTS, first_of_each_class, half_size, halves
+from dataset import NpyDataset, normalize, some_of_each_class
+from evaluate.figures import PARTS, half_size, halves
 from evaluate.metrics import frechet_distance
 from models.classifier import classify
 
@@ -13,7 +13,7 @@ class LensDistance:
     """Distances in the features of a lens classifier, as evaluate_fld.py computes them.
 
     Args:
-        data_dir: folder of real images, of which the test part counts.
+        test: the real images.
         classifier: gives the features.
         images_per_class: in a distance; as many as half of the test images of a class if these are fewer.
         splits: random halves of the test images.
@@ -25,10 +25,9 @@ class LensDistance:
         InputError: for fewer than 3 images of a class in a half.
     """
 
-    def __init__(self, data_dir: str, classifier: nn.Module, images_per_class: int, splits: int = 4):
-        test = NpyDataset(data_dir, None, "test")
+    def __init__(self, test: NpyDataset, classifier: nn.Module, images_per_class: int, splits: int = 4):
         count = half_size(test, images_per_class)
-        index = first_of_each_class(test.labels, 2 * count)
+        index = some_of_each_class(test.labels, 2 * count)
         features, labels = classify(classifier, test.read(index))[1], test.labels[index]
         pairs = [halves(labels, count, seed) for seed in range(splits)]
         self.labels = labels[pairs[0][0]]  # the same in every half

@@ -5,7 +5,6 @@ import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,12 +102,12 @@ def _in_parts(work: Callable[[Tensor], Measured], n: int, batch_size: int) -> Me
 def measure_cached(
     name: str, dataset: NpyDataset, index: Tensor, classifier: nn.Module, inception: nn.Module | None, batch_size: int
 ) -> Measured:
-    """``measure``, kept in the dataset's folder under a name until its files, ``index`` or a network change."""
+    """``measure``, kept in the dataset's cache under a name until its files, ``index`` or a network change."""
     state = hashlib.sha256(repr((_VERSION, dataset.fingerprint, index.tolist())).encode())
     for network in filter(None, (classifier, inception)):
         for weights in network.state_dict().values():
             state.update(weights.cpu().numpy().tobytes())
-    path = Path(dataset.root_dir) / f".lens_measured_{name}_{state.hexdigest()[:16]}.pt"
+    path = dataset.cache_dir / f".lens_measured_{name}_{state.hexdigest()[:16]}.pt"
     try:
         measured = torch.load(path, weights_only=True)
     except Exception:  # absent, or cut short by a full disk: measure

@@ -9,7 +9,7 @@ from torch import Tensor
 
 _ROWS = 256  # of a matrix of distances, held in memory at once
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
-_FLD_IMAGES = 3000  # of each sample at most, evenly from it
+_FLD_IMAGES = 3000  # of each sample at most
 _FLD_STEPS = 20  # of expectation maximization
 _FLD_LEAST_VARIANCE = 1e-4  # of unit-variance features: a Gaussian on a copied image stays this wide
 
@@ -93,7 +93,8 @@ def feature_likelihood_divergence(train: Tensor, test: Tensor, other: Tensor) ->
     ``other``. The gap is 100 times that of the training images less that of the test images: far below zero when
     ``other`` holds copies of training images, whose Gaussians shrink onto them.
     """
-    train, test, other = (x[:: -(-len(x) // _FLD_IMAGES)] for x in (train, test, other))
+    random = torch.Generator().manual_seed(0)  # samples come class by class, and no half may lack one
+    train, test, other = (x[torch.randperm(len(x), generator=random)[:_FLD_IMAGES]] for x in (train, test, other))
     mean, spread = test.mean(0), test.std(0)
     spread = spread.clamp_min(0.01 * spread.mean())  # of a feature that is nearly constant, or dead
     train, test, other = ((x - mean) / spread for x in (train, test, other))

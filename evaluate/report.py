@@ -159,7 +159,7 @@ def write_html(path: Path, settings: dict[str, Any], samples: list[Sample], refe
     rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in settings.items())
     sections.append(f"<h2>Settings</h2><table>{rows}</table>")
     with whole(path) as file:
-        file.write(_PAGE.format(body="\n".join(sections)).encode())
+        file.write(_PAGE.format(body="\n".join(sections)).encode("utf-8", "replace"))
 
 
 def _scores(samples: list[Sample], splits: int) -> str:
@@ -259,6 +259,7 @@ def _neighbours_figure(sample: Sample, train: NpyDataset) -> Figure:
     return plots.image_grid(rows, f"distances {distances}")
 
 
+@plots.own_style
 def _section(title: str, text: str, *figures: Figure) -> str:
     images = []
     for figure in figures:

@@ -1,7 +1,9 @@
 """Generation is reproducible and in range; distances are right where they are known; nothing missing is a crash."""
 
+import errno
 import hashlib
 import html
+import io
 import json
 import os
 import re
@@ -18,14 +20,16 @@ from conftest import ROOT, run_script
 from torch_fidelity import feature_extractor_inceptionv3
 from torchmetrics.image.fid import NoTrainInceptionV3
 
+import files
 from dataset import CLASSES, NpyDataset
-from evaluate import evaluate_fld, measure
+from evaluate import evaluate_fld, figures, generated_folder, measure
 from evaluate.evaluate_fld import generate_image, load_model
 from evaluate.figures import TITLES
 from evaluate.measure import measure as real_measure
 from models import flow
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.classifier import load_classifier
+from models.model import NanoDiT
 from settings import InputError
 
 
@@ -78,8 +82,35 @@ def test_images_are_made_as_their_checkpoint_says_unless_told_otherwise(model, c
 
 
 def test_a_class_that_is_none_is_named(model):
-    with pytest.raises(InputError, match="target_class 3 is not one of 0 to 2: axion, cdm, no_sub"):
-        generate_image(model, 3)
+    for wrong in (3, -1, "CDM", "", 1.0, True, None, np.array([1]), [1]):
+        with pytest.raises(InputError, match=r"target_class .* is not one of 0 to 2: axion, cdm, no_sub"):
+            generate_image(model, wrong)
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        *(("num_samples", value) for value in (0, -1, 1.5, "2", None, True)),
+        *(("seed", value) for value in (-1, 0.5, "0", None)),
+        *(("ode_steps", value) for value in (0, 1.0, "2", 10**6, np.array([2]))),
+        *(("cfg_scale", value) for value in (-1, "5", float("nan"), float("inf"), 1e30, True)),
+    ],
+)
+def test_an_argument_that_cannot_be_is_named(model, argument, wrong):
+    with pytest.raises(InputError, match=f"{argument}: .* is not a"):
+        generate_image(model, 1, **{argument: wrong})
+
+
+def test_names_and_numbers_of_numpy_are_arguments_too(model):
+    expected = generate_image(model, 1, 2, 1.5, 2, 7)
+    for label in ("cdm", np.int64(1), torch.tensor(1)):
+        numbers = {
+            "ode_steps": np.int64(2),
+            "cfg_scale": np.float32(1.5),
+            "num_samples": np.int32(2),
+            "seed": np.uint8(7),
+        }
+        torch.testing.assert_close(generate_image(model, label, **numbers), expected)
 
 
 def test_evaluate_is_ours_where_another_package_has_the_name(tmp_path):
@@ -92,6 +123,49 @@ def test_evaluate_is_ours_where_another_package_has_the_name(tmp_path):
     assert done.stdout == "ours\n", done.stderr
 
 
+NAMESAKES = ("settings", "dataset", "distributed", "files", "plots", "models", "simulate", "train")
+
+
+def test_an_evaluate_of_others_makes_way(tmp_path):
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "__init__.py").write_text("ours = False")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import evaluate; sys.path.append({str(ROOT)!r}); "
+        "import nanodit_path; from evaluate import metrics; print('fine')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "fine\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "imported"),
+    [
+        ("from evaluate.evaluate_fld import load_model, generate_image", True),
+        ("from models.model import NanoDiT", False),
+        ("import plots, distributed", False),
+        ("from train.safety import Checkpoints", True),
+        ("from simulate.simulate_lenses import render_row", False),
+    ],
+)
+def test_modules_of_others_with_our_names_do_not_matter(tmp_path, code, imported):
+    """In a notebook: somebody's project comes first on the path, or was even imported already."""
+    first = code.split()[1].split(".")[0].rstrip(",")
+    for name in NAMESAKES:
+        if name != first or imported:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "__init__.py").write_text("ours = False")
+    theirs = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; "
+    if imported:
+        theirs += (
+            f"import settings, models, dataset; sys.path.remove({str(tmp_path)!r}); sys.modules.pop({first!r}, None); "
+        )
+    code = f"{theirs}sys.path.append({str(ROOT)!r}); {code}; print('fine')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path.parent, capture_output=True, text=True)
+    assert done.stdout == "fine\n", done.stderr
+    if imported:
+        assert "from now on these names import what is in" in done.stderr
+
+
 # The scripts
 
 
@@ -100,7 +174,7 @@ def flags(lens_data, checkpoint, classifier, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     return [
         *("--data_dir", lens_data, "--checkpoint_path", checkpoint, "--classifier_path", classifier),
-        *("--generated_dir", tmp_path / "generated_npy", "--figure_path", tmp_path / "lenses.png"),
+        *("--output_dir", tmp_path / "generated_npy", "--figure_path", tmp_path / "lenses.png"),
         *("--report_dir", tmp_path / "report", "--num_ode_steps", 2, "--cfg_scale", 1, "--device", "cpu"),
         *("--num_splits", 2),
     ]
@@ -148,10 +222,77 @@ def test_generated_files_are_the_images_of_one_checkpoint_and_each_of_its_own_no
     after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*/*.npy")}
     assert all(after[path][1] == content for path, (_, content) in before.items())
     assert {path.parent.name for path in before if after[path][0] != before[path][0]} == {"no_sub"}
-    np.save(folder / "axion" / "99.npy", np.eye(64))
     run_script("evaluate/evaluate_fld.py", *flags, "--num_ode_steps", 3)
-    assert not (folder / "axion" / "99.npy").exists()
-    assert (folder / "axion" / "0.npy").read_bytes() != before[folder / "axion" / "0.npy"][1]
+    assert not set(map(Path.read_bytes, folder.glob("*/*.npy"))) & {content for _, content in before.values()}
+    kept = {path.read_bytes() for path in (folder / "earlier_1").glob("*/*.npy")}
+    assert kept == {content for _, content in before.values()}
+    same_elsewhere = shutil.copy(flags[3], tmp_path / "copy.pt")  # makes the same images
+    run_script("evaluate/evaluate_fld.py", *flags, "--num_ode_steps", 3, "--checkpoint_path", same_elsewhere)
+    assert not (folder / "earlier_2").exists()
+    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
+    assert checked.stdout.count(": OK\n") == 9, checked
+
+
+@pytest.fixture
+def scored_files(monkeypatch):
+    """Names of the images that each call of Reference.score has scored."""
+    found = []
+
+    def score(self, name, dataset, splits, seed, original=figures.Reference.score):
+        sample = original(self, name, dataset, splits, seed)
+        found.append({dataset.files[i] for i in sample.index.tolist()})
+        return sample
+
+    monkeypatch.setattr(figures.Reference, "score", score)
+    return found
+
+
+def test_exactly_the_images_asked_for_are_scored(flags, model, tmp_path, scored_files):
+    """Twelve there, of which the names of 10 and 11 come before that of 2; three asked for."""
+    folder = tmp_path / "generated_npy"
+    run_script("evaluate/evaluate_fld.py", *flags)
+    source = json.loads((folder / "generated_by.json").read_text())
+    evaluate_fld.generate_to_folder(model, folder, 12, source)
+    files.release()
+    run_script("evaluate/evaluate_fld.py", *flags)
+    run_script("evaluate/evaluate_fld.py", *flags, "--generated_dir", folder)
+    assert scored_files == [{f"{name}/{i}.npy" for name in CLASSES for i in range(3)}] * 3
+
+
+@pytest.mark.parametrize("change", ["edited", "exchanged", "more than were made", "other settings"])
+def test_an_image_that_was_changed_is_named_and_never_written_to(flags, tmp_path, capsys, change):
+    folder = tmp_path / "generated_npy"
+    run_script("evaluate/evaluate_fld.py", *flags)
+    path = folder / "cdm" / ("77.npy" if change == "more than were made" else "1.npy")
+    if change == "exchanged":
+        shutil.copy(folder / "cdm" / "0.npy", path)
+    else:
+        np.save(path, np.random.default_rng(0).random((64, 64)))
+    before = path.read_bytes()
+    more = ["--seed", 5] if change == "other settings" else []
+    with pytest.raises(SystemExit) as stopped:
+        run_script("evaluate/evaluate_fld.py", *flags, *more)
+    assert stopped.value.code == 1
+    assert f"not as written here: cdm/{path.name}. Move them away" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert len(list(folder.glob("*/*.npy"))) == 9 + (change == "more than were made")
+
+
+def test_a_damaged_note_of_how_images_were_made_is_one_line(flags, tmp_path, capsys):
+    folder = tmp_path / "generated_npy"
+    run_script("evaluate/evaluate_fld.py", *flags)
+    for content in (b"{", b"\xff\xfe"):
+        (folder / "generated_by.json").write_bytes(content)
+        for other in ([], ["--generated_dir", folder]):
+            with pytest.raises(SystemExit):
+                run_script("evaluate/evaluate_fld.py", *flags, *other)
+            assert "generated_by.json is damaged: remove that file" in capsys.readouterr().err.strip().splitlines()[-1]
+    for content in (b'["stylegan"]', b'{"model": "StyleGAN3"}'):  # somebody else has such a file too
+        (folder / "generated_by.json").write_bytes(content)
+        assert generated_folder.source_of(folder) is None
+        with pytest.raises(SystemExit):
+            run_script("evaluate/evaluate_fld.py", *flags)
+        assert "was not made here" in capsys.readouterr().err
 
 
 def foreign_folder(lens_data, folder):
@@ -166,12 +307,175 @@ def foreign_folder(lens_data, folder):
 def test_a_folder_of_somebody_elses_images_is_scored_and_not_touched(flags, lens_data, tmp_path, capsys):
     folder = foreign_folder(lens_data, tmp_path / "others")
     flags += ["--generated_dir", folder, "--checkpoint_path", "nowhere.pt", "--report_dir", tmp_path / "report"]
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
+    before = {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
     run_script("evaluate/evaluate_fld.py", *flags)
-    assert "which were not made here: nothing is generated" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*")} == before
+    out = capsys.readouterr().out
+    assert f"Scoring the images of {folder}: nothing is generated" in out
+    assert re.search(r"^images +6 +6 +6$", out, re.M)
+    assert {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))} == before
+    assert not (tmp_path / "generated_npy").exists()
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["source"] == {"folder": str(folder)}
+
+
+def flat_arrays(folder):
+    for i in range(5):
+        np.save(folder / f"{i}.npy", np.eye(64))
+
+
+FOLDERS = {
+    "misspelt": (lambda folder: folder.rmdir(), "does not exist"),
+    "empty": (lambda folder: None, "is empty"),
+    "flat .npy": (flat_arrays, "holds 5 .npy files"),
+    "one .npz": (lambda folder: np.savez(folder / "all.npz", np.zeros((9, 64, 64))), "holds 1 .npz file"),
+    "pictures": (lambda folder: [(folder / f"{i}.png").write_bytes(b"x") for i in (1, 2)], "holds 2 .png files"),
+    "pictures of classes": (
+        lambda folder: ((folder / "axion").mkdir(), (folder / "axion" / "0.png").touch()),
+        "holds axion/",
+    ),
+    "hidden files": (lambda folder: (folder / ".DS_Store").touch(), "is empty"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [*((kind, "--generated_dir") for kind in FOLDERS), ("empty", "--compare_path"), ("flat .npy", "--compare_path")],
+)
+def test_a_folder_with_nothing_to_score_is_named_and_not_filled(flags, tmp_path, capsys, kind, how):
+    fill, found = FOLDERS[kind]
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    fill(folder)
+    before = sorted(folder.rglob("*")) if folder.exists() else None
+    with pytest.raises(SystemExit) as stopped:
+        run_script("evaluate/evaluate_fld.py", *flags, how, folder)
+    assert stopped.value.code == 2
+    assert re.search(rf"{folder}: nothing to score: .*; it {found}", capsys.readouterr().err.strip().splitlines()[-1])
+    assert (sorted(folder.rglob("*")) if folder.exists() else None) == before
+    assert not list(tmp_path.glob("generated_npy*/*/*"))
+
+
+@pytest.mark.parametrize("what", ["their images", "a thesis"])
+def test_images_are_never_generated_into_somebody_elses_folder(flags, lens_data, tmp_path, capsys, what):
+    folder = tmp_path / "mine"
+    if what == "a thesis":
+        folder.mkdir()
+        (folder / "thesis.tex").touch()
+    else:
+        foreign_folder(lens_data, folder)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit):
+        run_script("evaluate/evaluate_fld.py", *flags, "--output_dir", folder)
+    assert f"{folder} was not made here, so nothing is written to it: it holds" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_images_that_are_scored_and_those_they_are_scored_against_are_chosen_at_random(
+    flags, lens_data, tmp_path, scored_files
+):
+    folder = foreign_folder(lens_data, tmp_path / "others")
+    for seed in (1, 2):
+        run_script("evaluate/evaluate_fld.py", *flags, "--generated_dir", folder, "--seed", seed)
+    first, second = scored_files
+    assert len(first) == len(second) == 9
+    assert first != second
+    assert first != {f"{name}/other_{i}.npy" for name in CLASSES for i in range(3)}
+
+
+def test_what_two_generators_have_in_common_is_scored(flags, lens_data, tmp_path, scored_files):
+    """A folder with fewer images than asked for: as many of the other generator, and no more are made."""
+    folder = foreign_folder(lens_data, tmp_path / "others")
+    run_script("evaluate/evaluate_fld.py", *flags, "--compare_path", folder)
+    assert [len(names) for names in scored_files] == [9, 9]
+    assert len(list((tmp_path / "generated_npy").glob("*/*.npy"))) == 9
+    made = tmp_path / "generated_npy"
+    run_script("evaluate/evaluate_fld.py", *flags, "--generated_dir", folder, "--compare_path", made)
+    assert scored_files[3] == {f"{name}/{i}.npy" for name in CLASSES for i in range(3)}
+
+
+def test_a_folder_that_is_called_real_is_not_taken_for_the_reference(flags, lens_data, tmp_path):
+    folder = foreign_folder(lens_data, tmp_path / "real")
+    run_script("evaluate/evaluate_fld.py", *flags, "--generated_dir", folder)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert list(report["lens_fit"]) == list(report["confusion"]) == ["real", str(folder)]
+
+
+@pytest.mark.parametrize("flag", ["--report_dir", "--figure_path"])
+def test_nothing_is_written_into_the_folder_that_is_scored(flags, lens_data, tmp_path, capsys, flag):
+    folder = foreign_folder(lens_data, tmp_path / "others")
+    inside = folder / ("lenses.png" if flag == "--figure_path" else "report")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        run_script("evaluate/evaluate_fld.py", *flags, "--generated_dir", folder, flag, inside)
+    assert stopped.value.code == 2
+    assert f"{folder} is only to be scored" in capsys.readouterr().err
+    assert [path for path in sorted(folder.rglob("*")) if not path.is_dir()] == [p for p in before if not p.is_dir()]
+
+
+def test_a_second_generator_is_checked_before_the_first_one_works(flags, tmp_path, capsys):
+    (tmp_path / "generated_npy_compared").mkdir()
+    (tmp_path / "generated_npy_compared" / "thesis.tex").touch()
+    for other in ("nowhere.pt", flags[3]):
+        with pytest.raises(SystemExit):
+            run_script("evaluate/evaluate_fld.py", *flags, "--compare_path", other)
+        assert "nowhere.pt: cannot be read" in (error := capsys.readouterr().err) or "was not made here" in error
+    assert not list((tmp_path / "generated_npy").glob("*/*.npy"))
+
+
+def test_a_folder_that_is_still_being_written_to_is_not_scored(flags, lens_data, tmp_path, capsys):
+    folder = foreign_folder(lens_data, tmp_path / "others")
+    code = "import files, sys; files.hold(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(folder)]
+    holder = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(SystemExit):
+        run_script("evaluate/evaluate_fld.py", *flags, "--generated_dir", folder)
+    holder.communicate()
+    assert f"{folder} is in use; it belongs to process {holder.pid}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "cuda:0", None])
+def test_a_device_that_is_none_is_named(checkpoint, monkeypatch, device):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match=r"is none: auto, cpu|no cuda:0 device on this machine"):
+        load_model(checkpoint, device)
+    assert load_model(checkpoint, torch.device("cpu"))
+
+
+def test_a_path_is_no_model(checkpoint):
+    with pytest.raises(InputError, match="is none: load_model gives one"):
+        generate_image(checkpoint, "cdm")
+
+
+def test_generated_images_that_are_bad_can_be_skipped(flags, model, tmp_path, monkeypatch, scored_files, capsys):
+    """A generator that now and then draws nothing."""
+
+    def draws_nothing(self, labels, *args, original=NanoDiT.generate):
+        images = original(self, labels, *args).clone()
+        images[0] = 0
+        return images
+
+    monkeypatch.setattr(NanoDiT, "generate", draws_nothing)
+    with pytest.raises(SystemExit):
+        run_script("evaluate/evaluate_fld.py", *flags)
+    assert "cdm/0.npy: is blank" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_script("evaluate/evaluate_fld.py", *flags, "--on_bad_file", "skip")
+    assert "fewer than 3 sound images of a class to score" in capsys.readouterr().err
+
+
+def test_a_full_disk_while_generating_names_the_file(tmp_path, monkeypatch):
+    def full(path, mode="r", **kwargs):
+        return FullDisk(io.BytesIO()) if "b" in mode and "w" in mode else open(path, mode, **kwargs)
+
+    class FullDisk(io.BufferedWriter):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "open", full, raising=False)
+    with pytest.raises(OSError, match="No space left") as raised:
+        files.save_array(tmp_path / "0.npy", np.eye(64))
+    assert raised.value.filename == str(tmp_path / "0.npy")
 
 
 def test_the_report_holds_every_figure_beside_its_floor(flags, lens_data, tmp_path):
@@ -190,12 +494,17 @@ def test_the_report_holds_every_figure_beside_its_floor(flags, lens_data, tmp_pa
         "copy_share",
     ]
     promised += ["two_sample_accuracy", "class_accuracy", "lens_residual", "ring_radius", "ring_width", "power_16_32"]
-    for figures in (report["figures"], report["compared"][0]["figures"]):
+    for of_sample in (report["figures"], report["compared"][0]["figures"]):
         for name in promised:
             for part in ("overall", *CLASSES):
-                figure = figures[name][part]
+                figure = of_sample[name][part]
                 assert all(isinstance(figure[key], float) for key in ("value", "floor", "floor_std")), (name, part)
-        assert figures["fid_inception"]["axion"] == {"value": None, "value_std": None, "floor": None, "floor_std": None}
+        assert of_sample["fid_inception"]["axion"] == {
+            "value": None,
+            "value_std": None,
+            "floor": None,
+            "floor_std": None,
+        }
     assert report["figures"] != report["compared"][0]["figures"]
     low, high = report["figures"]["class_accuracy"]["cdm"]["interval"]
     assert low <= report["figures"]["class_accuracy"]["cdm"]["value"] <= high
@@ -272,18 +581,18 @@ def test_a_bad_inception_file_is_one_line_and_runs_nothing(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
-        (["--num_splits", 1], "--num_splits must be 2 or more"),
         (["--images_per_class", 2], "--images_per_class below 3"),
         (["--report_dir", "/proc/report"], "/proc/report: "),
         (["--compare_path", "nowhere.pt"], "nowhere.pt: cannot be read"),
         (["--real_dir", "nowhere"], "nowhere: no folder axion"),
-        (["--generated_dir", __file__], f"{__file__}: not a folder"),
+        (["--output_dir", __file__], f"{__file__}: Not a directory"),
+        (["--figure_path", "lenses.docx"], "lenses.docx: its name must end in one of"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(flags, capsys, wrong, complaint):
     with pytest.raises(SystemExit) as stopped:
         run_script("evaluate/evaluate_fld.py", *flags, *wrong)
-    assert stopped.value.code == 1
+    assert stopped.value.code == (2 if "--real_dir" in wrong else 1)
     assert complaint in capsys.readouterr().err.strip().splitlines()[-1]
 
 
@@ -316,6 +625,49 @@ def test_a_folder_is_classified_with_a_table_and_the_accuracy_of_each_class(lens
     for name, line in zip(CLASSES, lines[10:], strict=True):
         right = sum(row.split()[1] == name for row in lines[1:10] if row.startswith(name))
         assert line == f"Accuracy on {name}: {right / 3:.2%} of 3"
+
+
+def test_the_class_of_a_file_is_the_name_of_the_folder_around_it(lens_data, classifier, tmp_path, capsys):
+    for name in ("axion/1.npy", "axion/night 2/2.npy", "cdm/no_sub/3.npy", "4.npy"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(lens_data / "cdm" / "0.npy", tmp_path / name)
+    for folder, counts in ((tmp_path, {"axion": 2, "no_sub": 1}), (tmp_path / "axion", {"axion": 2})):
+        run_script("evaluate/evaluate_classify.py", "--npy_path", folder, "--model_path", classifier)
+        lines = capsys.readouterr().out.splitlines()
+        found = [re.fullmatch(r"Accuracy on (\w+): .*% of (\d+)", line) for line in lines]
+        assert {match[1]: int(match[2]) for match in found if match} == counts
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(lens_data, classifier):
+    command = (
+        f"{sys.executable} evaluate/evaluate_classify.py --npy_path {lens_data} --model_path {classifier} | head -1"
+    )
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("file")
+    assert not [line for line in done.stderr.splitlines() if "ipe" in line or "Traceback" in line]
+
+
+def test_a_blank_image_is_not_classified_but_named(lens_data, tmp_path, classifier, capsys):
+    blank, hidden = np.zeros((64, 64)), np.load(lens_data / "cdm" / "0.npy")
+    hidden[3, 3] = -999
+    for name, image in (("blank", blank), ("hidden", hidden)):
+        np.save(tmp_path / f"{name}.npy", image)
+    shutil.copy(lens_data / "cdm" / "1.npy", tmp_path / "lens.npy")
+    flags = ["--model_path", classifier, "--npy_path"]
+    for name, complaint in (
+        ("blank", "is blank: every pixel is 0"),
+        ("hidden", "has 1 pixel from -999 to -999, which hide"),
+    ):
+        with pytest.raises(SystemExit):
+            run_script("evaluate/evaluate_classify.py", *flags, tmp_path / f"{name}.npy")
+        assert f"{name}.npy: {complaint}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_script("evaluate/evaluate_classify.py", *flags, tmp_path)
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    run_script("evaluate/evaluate_classify.py", *flags, tmp_path, "--on_bad_file", "skip")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith(": skipped") for line in lines] == [True, True, False, False]
+    assert lines[3].split()[0] == "lens.npy"
 
 
 def test_bad_files_to_classify_are_named(tmp_path, classifier, capsys):

@@ -110,3 +110,9 @@ def test_the_script_prints_the_table(many_lenses, classifier, tmp_path, capsys):
     table = capsys.readouterr().out
     assert "| overall | floor | real | one_image | blurred | rotated | garbage | copies | swapped |" in table
     assert "**100.0% ± 0.0%**" in table
+    (tmp_path / "made_here.txt").unlink()  # as if it were somebody else's
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit):
+        run_script("evaluate/check_metrics.py", *flags, "--images_per_class", 3, "--num_splits", 2, "--device", "cpu")
+    assert f"{tmp_path} was not made here: it holds blurred/, copies/" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

@@ -133,6 +133,10 @@ def test_fld_grows_with_the_error_and_its_gap_shows_copies():
     train, test, other = (torch.from_numpy(rng.normal(size=(300, 6))).float() for _ in range(3))
     good, gap = metrics.feature_likelihood_divergence(train, test, other)
     bad, _ = metrics.feature_likelihood_divergence(train, test, other + 2)
+    by_class = train[train[:, 0].argsort()]  # as they come: class by class
+    assert metrics.feature_likelihood_divergence(by_class, test, other)[0] == pytest.approx(
+        good, abs=0.1 * (bad - good)
+    )
     copied, gap_of_copies = metrics.feature_likelihood_divergence(train, test, train)
     assert abs(good) < 15
     assert bad > good + 30

@@ -16,7 +16,7 @@ from models.classifier import load_classifier
 
 
 def test_real_images_are_at_the_floor_and_noise_is_far_from_it(lens_data, classifier):
-    distance = LensDistance(lens_data, load_classifier(classifier), images_per_class=500)
+    distance = LensDistance(NpyDataset(lens_data, None, "test"), load_classifier(classifier), images_per_class=500)
     val = NpyDataset(lens_data, None, "val")
     real = torch.stack([val.images[val.labels == label][i % 5] for i, label in enumerate(distance.labels)])
     of_real, of_noise = distance.over_floor(real), distance.over_floor(torch.rand(real.shape))
