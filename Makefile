@@ -17,13 +17,13 @@ HALF_OF_CORES := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 .PHONY: demo train-demo demo-data demo-generator demo-classifier test test-long lint clean
 
 demo: demo-data
-	$(BIN)/python evaluate/evaluate_fld.py --data_dir $(DEMO)/data --generated_dir $(DEMO)/generated_npy \
+	$(BIN)/python evaluate/evaluate_fld.py --data_dir $(DEMO)/data --output_dir $(DEMO)/generated_npy \
 		--checkpoint_path weights/nanodit_s64.safetensors --classifier_path weights/resnet18_lens.safetensors \
 		--figure_path $(DEMO)/lenses.png --report_dir $(DEMO)/evaluation --num_splits 4
 
 train-demo: demo-data
 	OMP_NUM_THREADS=$(HALF_OF_CORES) $(MAKE) --no-print-directory -j2 demo-generator demo-classifier
-	$(BIN)/python evaluate/evaluate_fld.py --data_dir $(DEMO)/data --generated_dir $(TRAINED)/generated_npy \
+	$(BIN)/python evaluate/evaluate_fld.py --data_dir $(DEMO)/data --output_dir $(TRAINED)/generated_npy \
 		--checkpoint_path $(TRAINED)/diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt \
 		--classifier_path $(TRAINED)/classifier_training_resnet18/classifier_ckpts/resnet18_best.pt \
 		--figure_path $(TRAINED)/lenses.png --report_dir $(TRAINED)/evaluation --num_splits 4
