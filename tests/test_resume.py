@@ -443,7 +443,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_previous_checkpoint_whol
 # Bad numbers, memory
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
 def test_a_loss_that_is_lost_ends_the_run_with_the_checkpoint_of_a_sound_one(train, monkeypatch, tmp_path, value):
     """That of step 5 is lost: the weights that it was computed with, those of step 4, are not kept."""
     with monkeypatch.context() as patch:
