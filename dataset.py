@@ -78,14 +78,15 @@ class NpyDataset(Dataset):
         self.classes = CLASSES
         self.class_to_idx = {name: label for label, name in enumerate(CLASSES)}
         self._packed, self.fingerprint = _load_folder(self.root_dir, on_bad_file, self.cache_dir)
+        self._names = self._packed["file"].tolist()  # once: they lie scattered over the whole file
         vars(self).update(vars(self.part(split, on_missing_class)))
 
     def part(self, split: str, on_missing_class: str = "raise") -> "NpyDataset":
         """Another split of the same folder, which is not read again."""
-        other = self.only(file for file in self._packed["file"].tolist() if split in ("all", split_of(file)))
+        other = self.only(file for file in self._names if split in ("all", split_of(file)))
         missing = [name for name, count in other.counts().items() if not count]
         if missing and (on_missing_class == "raise" or not len(other)):
-            classes = [file.split("/")[0] for file in self._packed["file"].tolist()]
+            classes = [file.split("/")[0] for file in self._names]
             problems = (_why_missing(self.root_dir / name, classes.count(name), split) for name in missing)
             raise InputError("; ".join(problems), status=2)
         return other
@@ -94,8 +95,8 @@ class NpyDataset(Dataset):
         """The images of the same folder whose paths in it are among ``files``."""
         other, wanted = copy.copy(self), set(files)
         other.__dict__.pop("images", None)
-        other._keep = np.flatnonzero([file in wanted for file in self._packed["file"].tolist()])
-        other.files = self._packed["file"][other._keep].tolist()
+        other._keep = np.flatnonzero([file in wanted for file in self._names])
+        other.files = [self._names[i] for i in other._keep]
         other.labels = torch.tensor([self.class_to_idx[file.split("/")[0]] for file in other.files], dtype=torch.long)
         other.axion_mass = self._packed["axion_mass"][other._keep].copy()
         return other
