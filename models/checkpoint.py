@@ -1,6 +1,6 @@
 """The checkpoint format: a dictionary saved by torch, with the network's own configuration inside.
 
-``model_state_dict``, ``ema_state_dict`` (ema-pytorch's), ``model_config``, ``sampler`` and what else training needs.
+``model_state_dict``, ``ema_state_dict`` (ema-pytorch's), what ``Generator.description`` says, and what training needs.
 Files of the published code, without a configuration and with NumPy scalars among their numbers, load too, and so do
 ``.safetensors`` files, which hold the weights to use and how they were made. No file can run code, and none can make
 the reader allocate more than a few times its own size: see ``load_checkpoint``.
@@ -21,15 +21,11 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from dataset import CLASSES
 from files import whole
-from models.flow import Sampler
-from models.model import NanoDiT
 from settings import InputError
 
-# The published code built its one network without writing down how; it used the exact GELU
-PUBLISHED_CONFIG = {"patch_size": 2, "hidden_size": 512, "depth": 6, "num_heads": 8, "gelu": "none"}
-
+_CODEC = "codec."  # begins the names of a codec's weights in a .safetensors file
+_RENAMED = {"nanodit_s64.safetensors": "component_mlp.safetensors"}  # files of weights/, under their old names
 # The published checkpoints hold the loss and the learning rate as NumPy scalars, named as NumPy 1 or NumPy 2 names them
 _NUMPY_SCALAR = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
@@ -93,6 +89,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         InputError: for a file that is absent, is no checkpoint, is damaged or holds anything but tensors and plain
             values.
     """
+    if not Path(path).exists() and Path(path).name in _RENAMED:
+        path = Path(path).with_name(_RENAMED[Path(path).name])
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe would never end
@@ -106,7 +104,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         expected = content.pop("checksum", None)  # the published checkpoints have none
         if expected is not None and checksum(content) != expected:
             raise InputError(f"{path}: damaged: its checksum does not match its content")
-        return content
+        return _with_codec(content)
     except InputError:
         raise
     except OSError as error:
@@ -151,6 +149,16 @@ def _read_safetensors(path: str | Path, device: str | torch.device) -> dict[str,
     return content | {"model_state_dict": {name: value.to(device) for name, value in weights.items()}}
 
 
+def _with_codec(content: dict[str, Any]) -> dict[str, Any]:
+    """The weights of a codec, which a .safetensors file holds beside those of the network, in a place of their own."""
+    weights = content["model_state_dict"]
+    codec = {name.removeprefix(_CODEC): value for name, value in weights.items() if name.startswith(_CODEC)}
+    if not codec:
+        return content
+    network = {name: value for name, value in weights.items() if not name.startswith(_CODEC)}
+    return content | {"model_state_dict": network, "codec_state_dict": codec}
+
+
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     """Every tensor inside nested dictionaries and lists."""
     if isinstance(value, torch.Tensor):
@@ -190,28 +198,3 @@ def check_numbers(weights: dict[str, torch.Tensor], path: str | Path) -> None:
     for name, value in weights.items():
         if not value.isfinite().all():
             raise InputError(f"{path}: its weights {name} hold NaN or Inf: the training that made it had diverged")
-
-
-def build_generator(content: dict[str, Any], path: str | Path) -> NanoDiT:
-    """The network of a checkpoint with its EMA weights, or the plain ones when it has no EMA, in evaluation mode.
-
-    Raises:
-        InputError: when the configuration, the weights and the classes do not fit together.
-    """
-    config = content.get("model_config", PUBLISHED_CONFIG)
-    try:
-        weights = generator_weights(content)
-        if not 0 < config.get("depth", 1) <= len(weights):
-            raise ValueError(f"{config['depth']} blocks")
-        with torch.device("meta"):  # costs nothing, whatever sizes a file asks for
-            shapes = {name: value.shape for name, value in NanoDiT(**config).state_dict().items()}
-        if shapes != {name: value.shape for name, value in plain_names(weights).items()}:
-            raise InputError(f"{path}: its weights are of another network")
-        model = NanoDiT(**config)
-        model.sampler = Sampler(**content.get("sampler", {}))
-    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError):
-        raise InputError(f"{path}: its configuration is not that of a NanoDiT") from None
-    if model.num_classes != len(CLASSES):
-        raise InputError(f"{path}: is of {model.num_classes} classes, not of {', '.join(CLASSES)}")
-    load_weights(model, weights, path)
-    return model.eval().requires_grad_(False)

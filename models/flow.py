@@ -4,12 +4,12 @@ Images x live at t = 0 and Gaussian noise at t = 1; between them z_t = (1 - t) x
 velocity that a network learns (Lipman et al. 2022, arXiv:2210.02747, Eq. 22-23; Liu et al. 2022, arXiv:2209.03003,
 Eq. 1). New images come from integrating the learned velocity from noise at t = 1 down to t = 0.
 
-Nothing here knows a network: ``velocity`` is any function of z (n, 1, h, w), t (n,) and labels (n,).
+Nothing here knows a network: ``velocity`` is any function of z (n, ...), t (n,) and labels (n,).
 """
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _LOGIT_ENDS = (0.9, 0.03)  # first and last time between 1 and 0 of the grid "logit"
-T_FLOOR = 0.05  # a clean-image prediction's velocity error is its image error over t: weigh that by no more than 1/0.05
+_T_FLOOR = 0.05  # times below it weigh less in the loss of a clean-image prediction
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -35,21 +35,33 @@ def velocity_from_image(image: Tensor, z: Tensor, t: Tensor) -> Tensor:
     return (z - image) / _per_image(t, z).clamp_min(1e-3)
 
 
-def velocity_loss(
-    velocity: Tensor,
-    target: Tensor,
+def to_velocity(output: Tensor, z: Tensor, t: Tensor, prediction: str) -> Tensor:
+    """Velocity that the output of a network stands for: itself, or the way from z to the clean image it predicts."""
+    return velocity_from_image(output, z, t) if prediction == "image" else output
+
+
+def objective(
+    network: Velocity,
+    x: Tensor,
+    noise: Tensor,
     t: Tensor,
-    t_floor: float = 0.0,
+    labels: Tensor,
+    prediction: str = "velocity",
     weigh: Callable[[Tensor], Tensor] = lambda error: error,
 ) -> Tensor:
-    """Mean squared error of a velocity against its target, noise - x in training (arXiv:2210.02747, Eq. 23).
+    """Flow-matching loss: mean squared error of the velocity at z_t against noise - x (arXiv:2210.02747, Eq. 23).
 
-    ``t_floor=T_FLOOR`` keeps the weight of a clean-image prediction finite as t goes to 0 (arXiv:2511.13720), and
-    ``weigh`` is a linear map of errors (n, ...) that says which of them count.
+    Args:
+        network: takes z_t, t and labels; its output is a velocity or a clean image, as ``prediction`` says.
+        x, noise: ends of the paths, (n, ...).
+        t, labels: time in [0, 1] and class of each, (n,).
+        weigh: linear map of the errors (n, ...) that says which of them count.
     """
-    error = weigh(velocity - target).square().flatten(1).mean(1)
-    if t_floor:
-        error = error * (t / t_floor).clamp_max(1).square()
+    z = interpolate(x, noise, t)
+    velocity = to_velocity(network(z, t, labels).float(), z, t, prediction)
+    error = weigh(velocity - (noise - x)).square().flatten(1).mean(1)
+    if prediction == "image":  # the error of the image over t, whose weight must stay finite (arXiv:2511.13720)
+        error = error * (t / _T_FLOOR).clamp_max(1).square()
     return error.mean()
 
 
@@ -77,13 +89,13 @@ def drop_labels(labels: Tensor, null_label: int, probability: float, random: tor
     Ho & Salimans 2022 (arXiv:2207.12598, Algorithm 1).
     """
     dropped = torch.rand(len(labels), generator=random, device=random.device) < probability
-    return torch.where(dropped, null_label, labels)
+    return labels.masked_fill(dropped, null_label)
 
 
 def guided(velocity: Velocity, null_label: int, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
-    """Classifier-free guidance: uncond + scale * (cond - uncond), both passes in one batch (arXiv:2207.12598, Eq. 6).
+    """Classifier-free guidance: uncond + scale * (cond - uncond), both in one batch (arXiv:2207.12598, Eq. 6).
 
-    A scale of 1 needs, and makes, no unconditional pass, nor do times outside ``interval`` (arXiv:2404.07724).
+    A scale of 1 needs no unconditional evaluation and makes none, nor do times outside ``interval`` (arXiv:2404.07724).
     """
     if scale == 1:
         return velocity
@@ -101,12 +113,9 @@ def guided(velocity: Velocity, null_label: int, scale: float, interval: tuple[fl
 def time_grid(steps: int, name: str = "uniform") -> list[float]:
     """Times from 1 to 0.
 
-    "uniform"; "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends; "logit", where after the first
-    step the signal-to-noise ratio (1 - t) / t grows by the same factor each time (arXiv:2206.00927); or "square", for
-    students: the first step goes to 0.9, as far as noise alone tells the way, and the others follow a square.
+    "uniform"; "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends; or "logit", where after the
+    first step the signal-to-noise ratio (1 - t) / t grows by the same factor each time (arXiv:2206.00927).
     """
-    if name == "square":
-        return [1.0, *(0.9 * (i / (steps - 1)) ** 2 for i in range(steps - 1, 0, -1)), 0.0]
     if name == "logit":
         first, last = map(_log_snr, _LOGIT_ENDS)
         inner = (first + (last - first) * i / max(1, steps - 2) for i in range(steps - 1))
@@ -116,27 +125,27 @@ def time_grid(steps: int, name: str = "uniform") -> list[float]:
     return [i / steps for i in range(steps, -1, -1)]
 
 
-def pass_times(sampler: "Sampler", first_is_free: bool) -> list[float]:
-    """The grid of a sampler; where the first step takes no pass, from its end on, with one more step after it."""
+def evaluation_times(sampler: "Sampler", first_is_free: bool) -> list[float]:
+    """Grid of a sampler; where the first step takes no evaluation, from its end on, with one more step after it."""
     return time_grid(sampler.steps + first_is_free, sampler.grid)[first_is_free:]
 
 
-def deviation(spread: Tensor, t: Tensor) -> Tensor:
-    """Standard deviation of z_t at times t (n,), where that of the images is ``spread`` (...): (n, ...)."""
-    t = t.view(-1, *[1] * spread.dim())
-    return (((1 - t) * spread).square() + t.square()).sqrt()
+def deviation(standard_deviation: Tensor, t: Tensor) -> Tensor:
+    """Standard deviation of z_t at times t (n,), where that of the images is ``standard_deviation`` (...): (n, ...)."""
+    t = t.view(-1, *[1] * standard_deviation.dim())
+    return (((1 - t) * standard_deviation).square() + t.square()).sqrt()
 
 
-def start(noise: Tensor, spread: Tensor | None, t: float) -> Tensor:
-    """Noise (n, ...) at the first of ``pass_times``, t: as it is, or where the flow of Gaussian images takes it.
+def start(noise: Tensor, standard_deviation: Tensor | None, t: float) -> Tensor:
+    """Noise (n, ...) at the first of ``evaluation_times``, t: as it is, or moved along the flow of Gaussian images.
 
-    As long as noise hides the images, only their mean, 0, and their spread count (arXiv:2412.09726).
+    As long as noise hides the images, only their mean, 0, and standard deviation count (arXiv:2412.09726).
     """
-    return noise if spread is None else noise * deviation(spread, _times(t, noise))
+    return noise if standard_deviation is None else noise * deviation(standard_deviation, _times(t, noise))
 
 
 def euler(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Tensor:
-    """Integrates dz/dt = velocity along ``times``, from 1 to 0; one pass a step, and the error falls as 1 / steps."""
+    """Integrates dz/dt = velocity along ``times``, from 1 to 0; one evaluation a step, error of order 1 / steps."""
     for t, after in pairwise(times):
         z = z + (after - t) * velocity(z, _times(t, z), labels)
     return z
@@ -145,7 +154,7 @@ def euler(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> 
 def heun(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Tensor:
     """As ``euler``, with the mean of the velocities at both ends of a step (arXiv:2206.00364, Algorithm 1).
 
-    Two passes a step, but one for the last; the error falls as 1 / steps^2.
+    Two evaluations a step, but one for the last; the error falls as 1 / steps^2.
     """
     for t, after in pairwise(times):
         slope = velocity(z, _times(t, z), labels)
@@ -162,34 +171,25 @@ def multistep(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float])
     signal-to-noise ratio, and each step taken anew when the clean image at its end is known: UniPC-2 (Zhao et al. 2023,
     arXiv:2302.04867, Algorithms 1 and 2, B(h) = e^h - 1), of which the predictor is DPM-Solver++(2M).
 
-    One pass a step, and the error falls as 1 / steps^3 where the grid is dense towards 0. The last step is Euler's: it
-    ends in the predicted clean image.
+    One evaluation a step, and the error falls as 1 / steps^3 where the grid is dense towards 0. The last step is
+    Euler's: it ends in the predicted clean image.
     """
-    for end in multistep_path(velocity, z, labels, times):
-        z = end
-    return z
-
-
-def multistep_path(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Iterator[Tensor]:
-    """The points at which ``multistep`` arrives, one for each of ``times`` after the first."""
     images, steps = [], []  # the two last predicted clean images, and the steps from each to the next
     straight, share = z, 0.0  # where the last step leads without a slope, and how much of the clean image it takes
     for t, after in pairwise(times):
         image = z - t * velocity(z, _times(t, z), labels)
-        if images:
-            if steps[-1] < math.inf:  # from pure noise there is no way to correct by
-                z = straight + share * _correction(image, images, steps)
-            yield z
+        if images and steps[-1] < math.inf:  # from pure noise there is no way to correct by
+            z = straight + share * _correction(image, images, steps)
         images, steps = [*images[-1:], image], [*steps[-1:], _log_snr(after) - _log_snr(t)]
         share = 1 - after / t
         z = straight = after / t * z + share * image
         if len(images) == 2 and after > 0:  # extrapolates, but not from pure noise, an infinite step away
             z = straight + share * steps[1] / (2 * steps[0]) * (images[1] - images[0])
-    yield z
+    return z
 
 
 def _correction(image: Tensor, images: list[Tensor], steps: list[float]) -> Tensor:
-    """What a step should have added to its clean image, the last of ``images``, as that at its end is ``image``."""
+    """Correction of the clean image of a step, the last of ``images``, once that at its end, ``image``, is known."""
     if len(images) == 1:
         return (image - images[0]) / 2
     h, ratio = steps[1], -steps[0] / steps[1]
@@ -200,12 +200,14 @@ def _correction(image: Tensor, images: list[Tensor], steps: list[float]) -> Tens
 
 
 def _log_snr(t: float) -> float:
-    """Logarithm of what there is of the image over what there is of the noise."""
-    return math.inf if t == 0 else -math.inf if t == 1 else math.log((1 - t) / t)
+    """Logarithm of the signal-to-noise ratio (1 - t) / t, up to its square."""
+    if t in (0, 1):
+        return math.inf if t == 0 else -math.inf
+    return math.log((1 - t) / t)
 
 
 SOLVERS = {"euler": euler, "heun": heun, "multistep": multistep}
-TIME_GRIDS = ("uniform", "cosine", "logit", "square")
+TIME_GRIDS = ("uniform", "cosine", "logit")
 
 
 @dataclass(frozen=True)
@@ -257,18 +259,18 @@ def sample(
     seed: int = 0,
     batch_size: int = 128,
     first: int = 0,
-    spread: Tensor | None = None,
+    standard_deviation: Tensor | None = None,
 ) -> Tensor:
     """New images, one for each label.
 
     Args:
         labels: class of each image, (n,), on the device to compute on.
-        shape: of one image, (1, h, w).
+        shape: of one image, or of its coefficients.
         null_label: the label that stands for no class.
         seed: image k of a seed is the same whatever the batch size, the device or the number of images.
         first: number k of the first image.
-        spread: standard deviation of the training images around 0, (*shape), where it is known: the first step is that
-            of a Gaussian and takes no pass.
+        standard_deviation: of the training images around 0, (*shape), where it is known: the first step is then that
+            of a Gaussian and takes no evaluation.
 
     Returns:
         (n, *shape) float32, in the range the network was trained on, not clipped.
@@ -276,10 +278,10 @@ def sample(
     velocity = guided(velocity, null_label, sampler.cfg_scale)
 
     def solve(numbers: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """Images of these numbers, and which of them have changed too much with the last pass."""
+        """Images of these numbers, and which of them have changed too much with the last evaluation."""
         noise = noise_images(shape, seed, (first + numbers).tolist()).to(labels.device)
-        times = pass_times(replace(sampler, steps=steps), spread is not None)
-        predicted: deque[Tensor] = deque(maxlen=2)  # clean images, by the two last passes
+        times = evaluation_times(replace(sampler, steps=steps), standard_deviation is not None)
+        predicted: deque[Tensor] = deque(maxlen=2)  # clean images, by the two last evaluations
 
         def watched(z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
             slope = velocity(z, t, labels)
@@ -287,7 +289,7 @@ def sample(
             return slope
 
         used = velocity if sampler.tolerance is None else watched
-        made = SOLVERS[sampler.solver](used, start(noise, spread, times[0]), labels[numbers], times)
+        made = SOLVERS[sampler.solver](used, start(noise, standard_deviation, times[0]), labels[numbers], times)
         if sampler.tolerance is None:
             return made, torch.zeros(len(numbers), dtype=torch.bool)
         change = (predicted[-1] - predicted[0]).norm(dim=1) / predicted[-1].norm(dim=1)

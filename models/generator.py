@@ -1,0 +1,312 @@
+"""The generator of lens images: a network, the codec it works behind, how it is sampled, and what its data was.
+
+from models.generator import load_model, generate_image
+image = generate_image(load_model("weights/component_mlp.safetensors"), "axion")
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import settings
+from dataset import are_classes, is_image_shape
+from models import flow
+from models.checkpoint import generator_weights, load_checkpoint, load_weights, plain_names
+from models.components import ComponentMLP, PrincipalComponents, without_attention
+from models.model import NanoDiT
+from settings import Count, Guidance, InputError, Interval, Steps, Whole, checked
+
+
+def _nanodit(image_shape: tuple[int, ...], **config: Any) -> tuple[nn.Module, None]:
+    return NanoDiT(**{"in_channels": image_shape[0], "input_size": image_shape[-1]} | config), None
+
+
+def _component_mlp(image_shape: tuple[int, ...], **config: Any) -> tuple[nn.Module, nn.Module]:
+    network = ComponentMLP(**config)
+    return network, PrincipalComponents(image_shape, *network.sample_shape)
+
+
+NETWORKS = {"NanoDiT": _nanodit, "ComponentMLP": _component_mlp}  # each gives the network and its codec, or None
+# B/2 is the published network, for a GPU; S, under 5 M parameters and with few tokens, trains on a CPU. Largest first
+_B = {"network": "NanoDiT", "hidden_size": 512, "depth": 6, "num_heads": 8, "prediction": "velocity"}
+_S = {"network": "NanoDiT", "hidden_size": 192, "depth": 6, "num_heads": 3, "prediction": "image"}
+_MLP = {"network": "ComponentMLP", "hidden_size": 336, "depth": 2, "prediction": "image"}
+SIZES = {
+    "NanoDiT-B/2": _B | {"patch_size": 2},
+    "NanoDiT-B/4": _B | {"patch_size": 4},
+    "NanoDiT-S/8": _S | {"patch_size": 8},
+    "NanoDiT-S/16": _S | {"patch_size": 16},
+    "ComponentMLP-512": _MLP | {"components": 512},
+}
+# The published code trained one network on one kind of data without writing down either; it used the exact GELU
+_PUBLISHED_CONFIG = {"patch_size": 2, "hidden_size": 512, "depth": 6, "num_heads": 8, "gelu": "none"}
+_PUBLISHED_CLASSES = ["axion", "cdm", "no_sub"]
+
+
+class Generator(nn.Module):
+    """Images of a class from noise, by a network and what belongs to it.
+
+    Args:
+        network: predicts a velocity or a clean image; see ``NanoDiT`` for its interface.
+        classes: names of the labels 0, 1, ...
+        image_shape: of its images, (c, h, w).
+        prediction: what the network predicts, the "velocity" or the clean "image" (arXiv:2511.13720).
+        codec: between images and what the network works on; None for images themselves.
+        sampler: how images are made unless told otherwise.
+    """
+
+    _compiler: Callable[[Callable], Callable] = staticmethod(lambda function: function)
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classes: tuple[str, ...],
+        image_shape: tuple[int, int, int],
+        prediction: str = "velocity",
+        codec: PrincipalComponents | None = None,
+        sampler: flow.Sampler | None = None,
+    ):
+        super().__init__()
+        self.network, self.codec, self.prediction = network, codec, prediction
+        self.classes, self.image_shape = tuple(classes), tuple(image_shape)
+        self.sampler = sampler or flow.Sampler()
+        self.sample_shape = network.sample_shape
+
+    def description(self) -> dict[str, Any]:
+        """Everything but weights and sampler, as plain values; ``build_generator`` reads it back from a checkpoint."""
+        return {
+            "network": type(self.network).__name__,
+            "model_config": self.network.config,
+            "prediction": self.prediction,
+            "classes": list(self.classes),
+            "image_shape": list(self.image_shape),
+        }
+
+    def with_network(self, network: nn.Module) -> "Generator":
+        """The same around another network, such as the moving average of this one."""
+        return Generator(network, self.classes, self.image_shape, self.prediction, self.codec, self.sampler).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def standard_deviation(self) -> Tensor | None:
+        """Standard deviation of the coefficients around their mean, 0, (size,); None without a codec."""
+        return None if self.codec is None else self.codec.standard_deviation
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """``torch.compile`` for the evaluations of ``generate`` and ``along``.
+
+        On a CPU they take up to a tenth less time; it takes a C++ compiler, and up to a minute at first.
+        """
+        self._compiler = partial(torch.compile, *args, **options)
+
+    def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """z (n, *sample_shape), t (n,) in [0, 1], labels (n,) in 0..len(classes) -> velocity (n, *sample_shape)."""
+        return flow.to_velocity(self.network(z, t, labels).float(), z, t, self.prediction)
+
+    def along(self, times: list[float]) -> flow.Velocity:
+        """``forward`` for a solver, which has all images at one time, and for weights that stay as they are.
+
+        AdaLN modulations are computed once for all ``times`` and classes, and for other times as they come: anew in
+        every evaluation, they would take a network of one token a third of its time.
+        """
+        classes = torch.arange(len(self.classes) + 1, device=self.device)
+        known: dict[float, tuple[Tensor, ...]] = {}
+
+        def add(times: list[float]) -> None:
+            t = torch.tensor(times, device=self.device)
+            of_all = self.network.modulations(t.repeat_interleave(len(classes)), classes.repeat(len(t)))
+            known.update(zip(t.tolist(), zip(*(part.split(len(classes)) for part in of_all), strict=True), strict=True))
+
+        def evaluate(z: Tensor, t: Tensor, of_classes: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+            modulations = [F.embedding(labels, of_class) for of_class in of_classes]
+            return flow.to_velocity(self.network.apply_modulated(z, t, modulations).float(), z, t, self.prediction)
+
+        evaluate = self._compiler(evaluate)
+
+        def velocity(z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            time = t[0].item()
+            if time not in known:
+                add([time])
+            return evaluate(z, t[:1], known[time], labels)
+
+        add(times)
+        return velocity
+
+    @torch.inference_mode()
+    def generate(
+        self, labels: Tensor, sampler: flow.Sampler | None = None, seed: int = 0, batch_size: int = 128, first: int = 0
+    ) -> Tensor:
+        """One image for each label (n,), images first, first + 1, ... of a seed: (n, c, h, w) in [0, 1], on the CPU.
+
+        By ``self.sampler`` unless another one is given; see ``flow.sample``.
+        """
+        sampler = sampler or self.sampler
+        velocity = self.along(flow.evaluation_times(sampler, self.standard_deviation is not None)[:-1])
+        samples = flow.sample(
+            velocity,
+            labels.to(self.device),
+            self.sample_shape,
+            len(self.classes),
+            sampler,
+            seed,
+            batch_size,
+            first,
+            self.standard_deviation,
+        )
+        return self.decode(samples).cpu()
+
+    def sampler_for(self, ode_steps: int | None = None, cfg_scale: float | None = None) -> flow.Sampler:
+        """The generator's sampler, with exactly so many steps or another guidance scale where they are given."""
+        sampler = self.sampler if cfg_scale is None else replace(self.sampler, cfg_scale=cfg_scale)
+        return sampler if ode_steps is None else replace(sampler, steps=ode_steps, tolerance=None)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (n, c, h, w) in [-1, 1] to (n, *sample_shape)."""
+        return images if self.codec is None else self.codec.encode(images)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(n, *sample_shape) to images (n, c, h, w) in [0, 1]; behind a codec, each fills that range."""
+        return flow.to_unit_range(z) if self.codec is None else self.codec.decode(z)
+
+    def objective(self, network: flow.Velocity, x: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """``flow.objective`` of a network in this one's place, on (n, *sample_shape)."""
+        weigh = {} if self.codec is None else {"weigh": self.codec.weigh}
+        return flow.objective(network, x, noise, t, labels, self.prediction, **weigh)
+
+
+def build_untrained(size: str, classes: tuple[str, ...], image_shape: tuple[int, ...], **changes: Any) -> Generator:
+    """An untrained generator of one of SIZES, with other settings where they are given.
+
+    Raises:
+        ValueError: for a network that cannot be.
+    """
+    config = SIZES[size] | changes
+    return _assemble(config.pop("network"), config, config.pop("prediction"), classes, image_shape)
+
+
+def _assemble(
+    network: str, config: dict[str, Any], prediction: str, classes: tuple[str, ...], image_shape: tuple[int, ...]
+) -> Generator:
+    if not are_classes(classes) or not is_image_shape(image_shape):  # a name is also that of a folder to write to
+        raise ValueError(f"no classes, or no images: {classes}, {image_shape}")
+    built, codec = NETWORKS[network](image_shape, **{"num_classes": len(classes)} | config)
+    if built.config["num_classes"] != len(classes):
+        raise ValueError(f"a network of {built.config['num_classes']} classes, not of {', '.join(classes)}")
+    if prediction not in ("velocity", "image"):
+        raise ValueError(f"no such prediction: {prediction}")
+    if codec is not None and prediction != "image":
+        raise ValueError('components need prediction="image": noise has no principal components')
+    if codec is None and built.sample_shape != tuple(image_shape):
+        raise ValueError(f"a network of images {built.sample_shape}, not {image_shape}")
+    return Generator(built, classes, image_shape, prediction, codec)
+
+
+def build_generator(content: dict[str, Any], path: str | Path) -> Generator:
+    """The generator of a checkpoint, with its EMA weights, or the plain ones when it has no EMA.
+
+    Raises:
+        InputError: when the configuration, the weights and the classes do not fit together.
+    """
+    try:
+        content = of_today(content)
+        weights = plain_names(generator_weights(content))
+        config = content["model_config"]
+        if not 0 < config.get("depth", 1) <= len(weights):
+            raise ValueError(f"{config['depth']} blocks")
+        given = content["network"], config, content["prediction"], content["classes"], content["image_shape"]
+        with torch.device("meta"):  # costs nothing, whatever sizes a file asks for
+            planned = _assemble(*given)
+        parts = {"network": weights} | ({"codec": content["codec_state_dict"]} if planned.codec else {})
+        for name, of_part in parts.items():
+            shapes = {key: value.shape for key, value in planned.get_submodule(name).state_dict().items()}
+            if shapes != {key: value.shape for key, value in of_part.items()}:
+                raise InputError(f"{path}: its weights are of another network")
+        generator = _assemble(*given)
+        generator.sampler = flow.Sampler(**content["sampler"])
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, KeyError, IndexError):
+        raise InputError(f"{path}: its configuration is not that of a generator") from None
+    for name, of_part in parts.items():
+        load_weights(generator.get_submodule(name), of_part, path)
+    return generator
+
+
+def of_today(content: dict[str, Any]) -> dict[str, Any]:
+    """Content of a checkpoint in today's form; those of older versions and of the published code say less."""
+    if "network" in content:
+        return content
+    config = dict(content.get("model_config", _PUBLISHED_CONFIG))
+    prediction, components = config.pop("prediction", "velocity"), config.pop("patch_basis", 0)
+    size, channels = config.get("input_size", 64), config.get("in_channels", 1)
+    told = {"prediction": prediction, "classes": _PUBLISHED_CLASSES, "image_shape": [channels, size, size]}
+    told |= {"sampler": content.get("sampler", {})}
+    if not components:
+        return content | told | {"network": "NanoDiT", "model_config": config}
+    codec, weights = without_attention(plain_names(generator_weights(content)))
+    kept = ("hidden_size", "depth", "mlp_ratio", "num_classes", "timestep_freq_scale")
+    config = {"components": components} | {name: config[name] for name in kept if name in config}
+    told |= {"network": "ComponentMLP", "model_config": config, "model_state_dict": weights, "codec_state_dict": codec}
+    return {name: value for name, value in content.items() if name != "ema_state_dict"} | told
+
+
+def load_model(path: str | Path, device: str = "auto") -> Generator:
+    """The generator of a checkpoint with its EMA weights, ready to generate.
+
+    Args:
+        path: a checkpoint of train/train_diffusion.py or of the published code.
+        device: "auto", "cpu", "cuda" or "mps".
+
+    Raises:
+        InputError: for a file that is not a checkpoint of a generator.
+    """
+    content = load_checkpoint(path)
+    model = build_generator(content, path).to(settings.pick_device(device)).eval().requires_grad_(False)
+    print(f"Model loaded from {path}, epoch {content.get('epoch', 'unknown')}")
+    return model
+
+
+def generate_image(
+    model: Generator,
+    target_class: int | str,
+    ode_steps: int | None = None,
+    cfg_scale: float | None = None,
+    num_samples: int = 1,
+    seed: int = 0,
+) -> Tensor:
+    """Generates lenses of one class.
+
+    Args:
+        target_class: name of a class, or its number in ``model.classes``.
+        ode_steps: steps from noise to image, None for as many as the checkpoint says (50 for published ones).
+        cfg_scale: guidance scale, None for that of the checkpoint (5 for published ones); higher is truer to the class
+            and less diverse, 1 is no guidance.
+        num_samples: number of images.
+        seed: another seed gives other images; image k of a seed is always the same.
+
+    Returns:
+        (num_samples, c, h, w) float32 in [0, 1], on the CPU.
+
+    Raises:
+        InputError: with the name of the argument that cannot be.
+    """
+    if not isinstance(model, Generator):
+        raise InputError(f"model {model!r} is none: load_model gives one")
+    try:
+        label = model.classes.index(target_class) if isinstance(target_class, str) else target_class
+        label = checked("target_class", label, Annotated[int, Interval(0, len(model.classes) - 1)])
+    except (ValueError, InputError):
+        known = f"one of 0 to {len(model.classes) - 1}: {', '.join(model.classes)}"
+        raise InputError(f"target_class {target_class!r} is not {known}") from None
+    sampler = model.sampler_for(
+        checked("ode_steps", ode_steps, Steps | None), checked("cfg_scale", cfg_scale, Guidance | None)
+    )
+    labels = torch.full((checked("num_samples", num_samples, Count),), label)
+    return model.generate(labels, sampler, checked("seed", seed, Whole))
