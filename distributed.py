@@ -1,7 +1,7 @@
-"""One process or many: who this one is, what its share is, what the others found.
+"""One process or many: the rank of this one, its share of the work, the results of the others.
 
 torchrun starts the processes of a job and tells each its place (https://docs.pytorch.org/docs/stable/elastic/run.html).
-Without it, everything here is what a single process needs: nothing.
+Without it, there is one process, and nothing here does anything.
 """
 
 import atexit
@@ -58,7 +58,7 @@ def is_main() -> bool:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The others wait until the main process has done what is inside, and find the files that it made."""
+    """Makes the others wait until the main process has done what is inside; they find the files that it made."""
     if not is_main():
         dist.barrier()
     yield
@@ -67,7 +67,7 @@ def main_first() -> Iterator[None]:
 
 
 def parts(n: int, each: int = 1) -> list[slice]:
-    """Of n things in a row, the share of this process, cut in ``each``; no two parts of the job differ by over one."""
+    """The share of this process in n things in a row, as ``each`` slices; all of the job are as long to within one."""
     edges = [i * n // (size() * each) for i in range(size() * each + 1)]
     return [slice(*edge) for edge in pairwise(edges)][rank() * each :][:each]
 
@@ -88,7 +88,7 @@ def total(*values: torch.Tensor | float) -> list[float]:
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process has, in the order of their ranks; anything that can be pickled, tensors on the CPU."""
+    """The values of all processes, in the order of their ranks: anything that can be pickled, tensors on the CPU."""
     found = [value] * size()
     if size() > 1:
         dist.all_gather_object(found, value)
@@ -96,11 +96,11 @@ def gather(value: Any) -> list[Any]:
 
 
 def spread(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """``work`` of every item, in their order: each is done by one of the processes, and all get all results."""
+    """Results of ``work`` for all items, in their order; the processes share the work, and each gets all results."""
     found = gather([work(item) for item in items[rank() :: size()]])
     return [found[i % size()][i // size()] for i in range(len(items))]
 
 
 def from_main(value: Any) -> Any:
-    """What the main process has."""
+    """The value of the main process."""
     return gather(value)[0]

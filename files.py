@@ -72,7 +72,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def contents(folder: Path) -> str:
-    """What a folder holds, in words."""
+    """Contents of a folder, in words that follow "it"."""
     if not folder.is_dir():
         return "is a file" if folder.exists() else "does not exist"
     if is_empty(folder):
@@ -85,7 +85,7 @@ def contents(folder: Path) -> str:
 
 
 def set_aside(folder: Path, paths: Iterable[Path]) -> None:
-    """Moves what there is of some paths in a folder, files and folders that are not empty, to a new folder in it."""
+    """Moves paths in a folder, as far as there are such files and filled folders, to a new folder in it."""
     there = [path for path in paths if path.is_file() or (path.is_dir() and any(path.iterdir()))]
     if there:
         aside = next(path for n in itertools.count(1) if not (path := folder / f"earlier_{n}").exists())
@@ -141,7 +141,7 @@ def hold(folder: str | Path) -> None:
 
 
 def holder_of(folder: str | Path) -> str | None:
-    """Which other process has a folder, in words; None for nobody."""
+    """The other process that has a folder, in words; None when there is none."""
     lock, who = Path(folder) / _LOCK, Path(folder) / _HOLDER
     if not lock.exists() or Path(folder).resolve() in _held:
         return None

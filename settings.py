@@ -8,7 +8,7 @@
 The annotation of a constant says what it may be (``Count``, ``Fraction``, ``Literal["a", "b"]``, ``float | None``), and
 is checked in the same way whether the value was written into the script or given as a flag. The comment behind a
 constant is its help. Relative paths written in a script mean "inside this repository", relative paths given as a flag
-mean "from the current folder".
+mean "from the current folder". A recipe is a named set of constants: a flag overrides it, and it overrides the script.
 """
 
 import argparse
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent
 PATH_ENDINGS = ("_DIR", "_PATH")
+Recipes = dict[str, dict[str, dict[str, Any]]]  # name -> stem of a script -> constants
 LOG_INTERVAL = 60.0  # seconds between the lines of a progress bar in a log file
 
 
@@ -90,17 +91,26 @@ class Stopped(KeyboardInterrupt):
 
 
 def run(
-    main: Callable[[], None], script: dict[str, Any], required: tuple[str, ...] = (), torchrun: bool = False
+    main: Callable[[], None],
+    script: dict[str, Any],
+    required: tuple[str, ...] = (),
+    torchrun: bool = False,
+    recipes: Recipes | None = None,
 ) -> None:
     """Sets the constants of a script from the command line and runs it; a mistake of the user ends it with one line.
 
-    ``torchrun`` says that the script can be spread over many processes; only the first of them speaks.
+    Args:
+        main: what the script does.
+        script: its ``globals()``.
+        required: names of constants that have no usable default.
+        torchrun: whether the script can be spread over many processes; only the first of them speaks.
+        recipes: sets of constants that --recipe can name; name -> script -> constants.
     """
     from files import release  # here, so that --help starts fast
 
     # A log file shows each line at once, and a console without the accent of Fréchet a question mark
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    from_flags(script, required=required)
+    origins = from_flags(script, required=required, recipes=recipes)
     process, processes = "", 1
     try:
         rank, processes = place()
@@ -111,6 +121,8 @@ def run(
         if rank > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         _adapt_progress_bars(rank)
+        if recipes and origins:
+            print("settings: " + ", ".join(f"{name} {script[name]} ({by})" for name, by in origins.items()))
         # Where many meet, they wait for each other in code that no handler interrupts: there, signals end them as usual
         with _ending_signals() if processes == 1 else nullcontext():
             main()
@@ -135,40 +147,57 @@ def run(
         release()
 
 
-def from_flags(script: dict[str, Any], argv: list[str] | None = None, required: tuple[str, ...] = ()) -> None:
-    """Replaces the constants of a script by the values given on the command line.
+def from_flags(
+    script: dict[str, Any],
+    argv: list[str] | None = None,
+    required: tuple[str, ...] = (),
+    recipes: Recipes | None = None,
+) -> dict[str, str]:
+    """Replaces the constants of a script by those of a recipe, and then by the values given on the command line.
 
     Args:
         script: the script's ``globals()``; changed in place.
         argv: the arguments, ``sys.argv[1:]`` when None.
-        required: names of constants that have no usable default.
+        required, recipes: see ``run``.
+
+    Returns:
+        Who set each constant that is not as the script has it: "recipe NAME" or "flag".
 
     Raises:
         SystemExit: with status 2 and one line on stderr for an unknown flag, or a value that the annotation of its
             constant does not allow, wherever it comes from.
     """
-    source = Path(script["__file__"]).read_text(encoding="utf-8")
-    notes = dict(re.findall(r"^([A-Z][A-Z0-9_]*)\b[^#\n]*=[^#\n]*#\s*(.*)$", source, re.M))
-    kinds = _annotations(script)
+    path = Path(script["__file__"])
+    notes = dict(re.findall(r"^([A-Z][A-Z0-9_]*)\b[^#\n]*=[^#\n]*#\s*(.*)$", path.read_text("utf-8"), re.M))
+    known = {name: of_scripts[path.stem] for name, of_scripts in (recipes or {}).items() if path.stem in of_scripts}
+    values, annotations = constants(script), _annotations(script)
+    kinds = {name: type(value) if value is not None else str | None for name, value in values.items()} | annotations
     parser = _Parser(description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in constants(script).items():
-        kind = kinds.get(name, type(default) if default is not None else str | None)
-        fault = _fault(default, kind, name)
-        if fault and name not in required:
-            stop(f"{Path(script['__file__']).name}: {name} = {default!r}: {fault}", 2)
-        if name.endswith(PATH_ENDINGS) and default is not None:
-            script[name] = str(ROOT / default)
-        help_text = notes.get(name, "") + ("" if name in required else f" [{default}]")
+    if known:
+        about = f"a named set of constants: {', '.join(known)}; other flags override it [{next(iter(known))}]"
+        parser.add_argument("--recipe", choices=known, default=next(iter(known)), metavar="NAME", help=about)
+    for name, value in values.items():
+        about = notes.get(name, "") + ("" if name in required else f" [{value}]")
         parser.add_argument(
             f"--{name.lower()}",
             dest=name,
-            type=_reader(kind, name),
+            type=_reader(kinds[name], name),
             default=argparse.SUPPRESS,
             required=name in required,
             metavar="VALUE",
-            help=help_text.strip().replace("%", "%%"),
+            help=about.strip().replace("%", "%%"),
         )
-    script.update(vars(parser.parse_args(argv)))
+    flags = vars(parser.parse_args(argv))
+    recipe = flags.pop("recipe", None)
+    of_recipe = known.get(recipe, {})
+    for source, given in ((path.name, values), (f"recipe {recipe}", of_recipe)):
+        for name, value in given.items():
+            fault = _fault(value, kinds[name], name) if name in kinds else f"{path.name} has no such constant"
+            if fault and name not in required:
+                stop(f"{source}: {name} = {value!r}: {fault}", 2)
+            script[name] = str(ROOT / value) if value and name.endswith(PATH_ENDINGS) else value
+    script.update(flags)
+    return dict.fromkeys(of_recipe, f"recipe {recipe}") | dict.fromkeys(flags, "flag")
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:
@@ -281,14 +310,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _annotations(script: dict[str, Any]) -> dict[str, Any]:
-    """What the constants of a script may be, by name."""
+    """Annotations of the constants of a script, by name."""
     if "__annotate__" in script:  # from Python 3.14 on, annotations are computed when somebody asks (PEP 649)
         return script["__annotate__"](1)
     return script.get("__annotations__", {})
 
 
 def _fault(value: Any, kind: Any, name: str = "") -> str | None:
-    """What is wrong with the value of a constant of a kind, in words; None for nothing."""
+    """The complaint about a value that is not of the kind of its constant; None for one that is."""
     if value == "" and name.endswith(PATH_ENDINGS):
         return "a path is empty, as of a shell variable that is not set"
     choices = get_args(kind)
@@ -393,20 +422,19 @@ class _Lines:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU, or of the machine as torch and NumPy report it."""
+    """Whether a GPU has no memory left, or the machine, as torch and NumPy report it."""
     text = f"{type(error).__name__} {error}"
     return isinstance(error, MemoryError) or bool(re.search("OutOfMemory|out of memory|allocate memory", text))
 
 
 def _memory_advice(script: dict[str, Any]) -> str:
-    """What to try next."""
-    batch = script.get("BATCH_SIZE")
+    """Advice on what to try next."""
+    batch, steps = script.get("BATCH_SIZE"), script.get("ACCUMULATE_STEPS")
     if batch is None:
         return "out of memory: other programs may hold it"
-    if "ACCUMULATE_STEPS" in script:
-        steps = script["ACCUMULATE_STEPS"]
-        return (
-            f"out of memory with --batch_size {batch} in {steps} part{'s' if steps > 1 else ''}: try "
-            f"--accumulate_steps {2 * steps}, which keeps the batch and takes half as much"
-        )
-    return f"out of memory with --batch_size {batch}: try --batch_size {max(1, batch // 2)}"
+    if steps is None:
+        return f"out of memory with --batch_size {batch}: try --batch_size {max(1, batch // 2)}"
+    return (
+        f"out of memory with --batch_size {batch} in {steps} part{'s' if steps > 1 else ''}: try "
+        f"--accumulate_steps {2 * steps}, which keeps the batch and takes half as much"
+    )
