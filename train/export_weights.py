@@ -11,9 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
-from models.checkpoint import build_generator, load_checkpoint, save_weights
+from models.checkpoint import load_checkpoint, save_weights
 from models.classifier import load_classifier
+from models.generator import build_generator
 from settings import InputError
+from train.recipes import RECIPES
 
 CHECKPOINT_PATH: str = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Or a classifier's
 OUTPUT_PATH: str = "weights/nanodit.safetensors"  # The file to write
@@ -29,16 +31,20 @@ def main() -> None:
     plain = {name: content[name] for name in _KEPT if name in content}
     if "image_size" in content:
         network = load_classifier(CHECKPOINT_PATH)
-        plain["image_size"] = network.image_size
+        plain |= {"image_size": network.image_size, "classes": list(network.classes), "channels": network.channels}
+        weights = network.state_dict()
     else:
         network = build_generator(content, CHECKPOINT_PATH)
-        plain["model_config"] = network.config
-    halved = {name for name, _ in network.named_parameters() if fnmatch(name, HALVED)}
+        plain |= network.description()
+        codec = network.codec.state_dict() if network.codec else {}
+        weights = network.network.state_dict() | {f"codec.{name}": value for name, value in codec.items()}
     # Not the running averages of batch normalization: rounded, they hide the faint light that tells classes apart
-    weights = {name: value.half() if name in halved else value for name, value in network.state_dict().items()}
+    buffers = {name for name, _ in network.named_buffers()}
+    halved = {name for name in weights if fnmatch(name, HALVED) and name not in buffers}
+    weights = {name: value.half() if name in halved else value for name, value in weights.items()}
     save_weights(OUTPUT_PATH, weights, **plain)
     print(f"{OUTPUT_PATH}: {Path(OUTPUT_PATH).stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    settings.run(main, globals())
+    settings.run(main, globals(), recipes=RECIPES)

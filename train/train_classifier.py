@@ -1,18 +1,18 @@
-"""Trains ResNet18 to tell the three classes of DATA_DIR apart; evaluation judges generated images with it.
+"""Trains ResNet18 to tell the classes of DATA_DIR apart; evaluation judges generated images with it.
 
     python train/train_classifier.py                       # 224 pixels and ImageNet weights, for a GPU
-    python train/train_classifier.py --image_size 64       # for a CPU
+    python train/train_classifier.py --recipe first_look   # in ten minutes on two cores
 
 Writes to OUTPUT_DIR: classifier_ckpts/resnet18_best.pt, the best epoch by validation accuracy, training_metrics.png and
 training_metrics.csv, and confusion_matrix.png with its accuracy on the test images. A run that was stopped goes on from
-classifier_ckpts/resnet18_step_{n}.pt, on a CPU to the last bit as if it had not been.
+the newest of classifier_ckpts/, on a CPU to the last bit as if it had not been.
 """
 
 import math
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plots
 import settings
-from dataset import CLASSES, NpyDataset, classifier_transforms, epoch_batches, load_parts
-from models.checkpoint import check_numbers, load_weights, plain_names, save_checkpoint
-from models.classifier import build_classifier, classify, load_classifier
+from dataset import NpyDataset, epoch_batches, load_parts
+from models.checkpoint import check_numbers, plain_names, save_checkpoint
+from models.classifier import build_classifier, classifier_transforms, classify, load_classifier
 from settings import Count, Epochs, InputError, Interval, NotNegative, Positive, Whole
-from train.safety import Checkpoints, advance, announce, load_optimizer_state
+from train.recipes import RECIPES
+from train.run import Run
 
-DATA_DIR: str = "data"  # Folder with axion/, cdm/ and no_sub/
+DATA_DIR: str = "data"  # Folder with a folder of images for each class
 OUTPUT_DIR: str = "classifier_training_resnet18"  # Change it to keep an earlier classifier
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" trains without the files that cannot be read
 ON_MISSING_CLASS: Literal["raise", "go_on"] = "raise"  # "go_on" trains although a class has no images
@@ -51,144 +52,78 @@ DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU w
 
 def main() -> None:
     device = settings.pick_device(DEVICE)
-    output = Path(OUTPUT_DIR)
     if WEIGHTS_PATH and not PRETRAINED:
         raise InputError("WEIGHTS_PATH is for PRETRAINED = True: leave one of them out", 2)
-    parts = load_parts(
-        DATA_DIR,
-        *("train", "val", "test"),
-        on_bad_file=ON_BAD_FILE,
-        on_missing_class=ON_MISSING_CLASS,
-        cache_dir=CACHE_DIR,
-    )
+    reading = {"on_bad_file": ON_BAD_FILE, "on_missing_class": ON_MISSING_CLASS, "cache_dir": CACHE_DIR}
+    parts = load_parts(DATA_DIR, "train", "val", "test", **reading)
     train, val, test = (part.to(device) for part in parts)
     if len(train) < BATCH_SIZE:
         raise InputError(f"--batch_size {BATCH_SIZE} is more than the {len(train)} training images of {DATA_DIR}", 2)
-    checkpoints = Checkpoints(
-        __file__,
-        output,
-        "classifier_ckpts",
-        "resnet18_step_*.pt",
-        RESUME,
-        CHECKPOINT_SAVE_MINUTES,
-        device,
-        image_size=IMAGE_SIZE,
-    )
-    announce(checkpoints, EPOCHS, settings.constants(globals()), train.identity)
-    print(f"Training on {device}")
-
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
-    model = build_classifier(IMAGE_SIZE)
-    state = restore(checkpoints, model)
-    pretrained = state.get("pretrained", PRETRAINED and not state and load_imagenet_weights(model))
-    model.to(device)
-    groups = trained_layers(model, pretrained)
+    channels, classes = train.image_shape[0], train.classes
+    model = build_classifier(IMAGE_SIZE, classes, channels)
+    told = {"image_size": IMAGE_SIZE, "classes": list(classes), "channels": channels}
+    run = Run(globals(), "classifier_ckpts/resnet18", train, device, dict(told), lambda content: told | content)
+    print(f"Training on {device}")
+    pretrained = run.state["pretrained"] if run.state else PRETRAINED and load_imagenet_weights(model)
+    run.content |= {"pretrained": pretrained}
+    run.rate = "LEARNING_RATE" if pretrained else "SCRATCH_LEARNING_RATE"
+    groups = trained_layers(model.to(device), pretrained)
     print(f"{sum(p.numel() for group in groups for p in group['params']):,} trainable parameters")
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
-    steps_per_epoch = len(epoch_batches(len(train), BATCH_SIZE, SEED, 1))
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+    run.restore(model=model, optimizer=optimizer)
+    scheduler = run.schedule(
         optimizer,
+        torch.optim.lr_scheduler.OneCycleLR,
         [group["lr"] for group in groups],
-        EPOCHS * steps_per_epoch,
+        EPOCHS * run.steps_per_epoch,
         pct_start=0.101,  # with 0.1, runs of ten steps divide by zero
     )
-    history, total_loss, correct, seen, done = [], 0.0, 0, 0, 0
-    if state:
-        load_optimizer_state(optimizer, state["optimizer_state_dict"], checkpoints.newest)
-        history, (total_loss, correct, seen) = state["history"], state["sums"]
-        done = state["step_in_epoch"] * steps_per_epoch // state["steps_per_epoch"]  # after another batch size too
-        global_step = state["epoch"] * steps_per_epoch + done
-        advance(scheduler, min(global_step, scheduler.total_steps - 1))
-    untrained = math.log(len(CLASSES))
-    rate = ("LEARNING_RATE", LEARNING_RATE) if pretrained else ("SCRATCH_LEARNING_RATE", SCRATCH_LEARNING_RATE)
-    stop_asked = settings.stop_on_signal()
+    run.untrained = math.log(len(classes))
+    best_path = run.folder / "resnet18_best.pt"
 
-    def save(epoch: int, step: int) -> None:
-        """After a number of whole epochs and steps of the next one."""
-        path = checkpoints.folder / f"resnet18_step_{epoch * steps_per_epoch + step}.pt"
-        save_checkpoint(
-            path,
-            model_state_dict=model.state_dict(),
-            optimizer_state_dict=optimizer.state_dict(),
-            image_size=IMAGE_SIZE,
-            pretrained=pretrained,
-            epoch=epoch,
-            step_in_epoch=step,
-            steps_per_epoch=steps_per_epoch,
-            sums=(total_loss, correct, seen),
-            history=history,
-            settings=settings.constants(globals()),
-            data=train.identity,
-            run=checkpoints.run,
-            script=checkpoints.script,
-        )
-        checkpoints.keep(path, "resnet18_step_*.pt", 2)
-
-    for epoch in range(len(history) + 1, EPOCHS + 1):
+    for epoch in run.remaining_epochs():
         model.train()
         batches = epoch_batches(len(train), BATCH_SIZE, SEED, epoch)
-        bar = tqdm(batches[done:], f"epoch {epoch}/{EPOCHS}", steps_per_epoch, initial=done, unit="step", leave=False)
-        for step, batch in enumerate(bar, done + 1):
+        for batch in run.steps(batches):
             images, labels = (part.to(device) for part in train[batch.to(train.labels.device)])
             with torch.autocast(device.type, torch.bfloat16, enabled=AMP_DTYPE is not None):
                 logits = model(classifier_transforms(images, IMAGE_SIZE))
             loss = F.cross_entropy(logits.float(), labels)
             optimizer.zero_grad()
             loss.backward()
-            value, stop = loss.item(), stop_asked()
-            sound = checkpoints.is_sound((epoch - 1) * steps_per_epoch + step, value, untrained, rate)
-            if sound and (stop or (checkpoints.due())):  # the weights as the loss has just found them
-                save(epoch - 1, step - 1)
+            loss, stop = run.check(loss.detach())
             if stop:
-                print("stopped; run the script again to go on")
                 return
             optimizer.step()
             scheduler.step()
-            total_loss += value * len(labels)
-            correct += (logits.argmax(1) == labels).sum().item()
-            seen += len(labels)
-            bar.set_postfix(loss=f"{total_loss / seen:.4f}", accuracy=f"{correct / seen:.3f}", refresh=False)
+            run.add(len(labels), loss, correct=(logits.argmax(1) == labels).sum().item())
 
         # The running averages of batch normalization lag behind weights that change fast: take them anew
         some = (train.images[part] for part in torch.cat(batches)[:2048].to(train.labels.device).split(BATCH_SIZE))
         update_bn((classifier_transforms(images.to(device), IMAGE_SIZE) for images in some), model)
         val_loss, val_accuracy, _ = evaluate(model, val)
-        row = {"epoch": epoch, "train_loss": total_loss / seen, "val_loss": val_loss}
-        history.append(row | {"train_accuracy": correct / seen, "val_accuracy": val_accuracy})
-        best_path = checkpoints.folder / "resnet18_best.pt"  # not there yet when the run began in another folder
-        best = not best_path.exists() or val_accuracy > max((row["val_accuracy"] for row in history[:-1]), default=-1)
+        # resnet18_best.pt is not there yet when the run began in another folder
+        earlier = [row["val_accuracy"] for row in run.history] if best_path.exists() else []
+        row = {"train_loss": run.mean("loss"), "val_loss": val_loss}
+        row |= {"train_accuracy": run.mean("correct"), "val_accuracy": val_accuracy}
+        best = val_accuracy > max(earlier, default=-1)
         tqdm.write(
-            f"epoch {epoch}: train loss {row['train_loss']:.4f}, accuracy {correct / seen:.2%}; "
+            f"epoch {epoch}: train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}; "
             f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}"
             + (", the best so far, saved" if best else "")
         )
-        done, total_loss, correct, seen = 0, 0.0, 0, 0
-        plots.training_curves(output, history, [["train_loss", "val_loss"], ["train_accuracy", "val_accuracy"]])
+        run.end_epoch(row, [["train_loss", "val_loss"], ["train_accuracy", "val_accuracy"]])
         if best:
-            save_checkpoint(
-                best_path,
-                model_state_dict=model.state_dict(),
-                image_size=IMAGE_SIZE,
-                epoch=epoch,
-                val_accuracy=val_accuracy,
-            )
-        if epoch == EPOCHS or checkpoints.is_sound(epoch * steps_per_epoch, val_loss, untrained, rate):
-            save(epoch, 0)
+            found = {"epoch": epoch, "val_accuracy": val_accuracy}
+            save_checkpoint(best_path, model_state_dict=model.state_dict(), **told, **found)
+        run.save_epoch(loss)  # of the last batch: the mean remembers weights of long ago
 
-    path = checkpoints.folder / "resnet18_best.pt"
-    _, accuracy, counts = evaluate(load_classifier(path, device), test)
+    _, accuracy, counts = evaluate(load_classifier(best_path, device), test)
     title = f"test accuracy {accuracy:.2%}"
-    plots.save(plots.confusion_matrix(counts.numpy(), CLASSES, title), output / "confusion_matrix.png")
-    print(f"{title} of {path}; rows are the true classes {', '.join(CLASSES)}:\n{counts.numpy()}")
-
-
-def restore(checkpoints: Checkpoints, model: nn.Module) -> dict[str, Any]:
-    """The checkpoint to go on from, its weights put into the model; {} when there is none."""
-    content = checkpoints.state or {}
-    if content:
-        load_weights(model, content["model_state_dict"], checkpoints.newest)
-    return content
+    plots.save(plots.confusion_matrix(counts.numpy(), classes, title), Path(OUTPUT_DIR) / "confusion_matrix.png")
+    print(f"{title} of {best_path}; rows are the true classes {', '.join(classes)}:\n{counts.numpy()}")
 
 
 def load_imagenet_weights(model: nn.Module) -> bool:
@@ -201,10 +136,11 @@ def load_imagenet_weights(model: nn.Module) -> bool:
         else:
             socket.setdefaulttimeout(20)
             weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
-        weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
-        missing = model.load_state_dict(weights, strict=False).missing_keys
-        if missing != ["fc.weight", "fc.bias"]:
-            raise ValueError(f"it lacks {missing[0]}")
+        own = {"fc.weight", "fc.bias"} | (set() if model.channels in (1, 3) else {"conv1.weight"})
+        weights = {name: value for name, value in weights.items() if name not in own}
+        missing = set(model.load_state_dict(weights, strict=False).missing_keys)
+        if missing != own:
+            raise ValueError(f"it lacks {min(missing - own)}")
         return True
     except InputError:
         raise
@@ -227,14 +163,15 @@ def trained_layers(model: nn.Module, pretrained: bool) -> list[dict]:
 
 
 def evaluate(model: nn.Module, dataset: NpyDataset) -> tuple[float, float, Tensor]:
-    """Mean loss, accuracy and confusion matrix (3, 3), rows the true classes, of a network in evaluation mode."""
+    """Mean loss, accuracy and confusion matrix, rows the true classes, of a network in evaluation mode."""
     probabilities, _ = classify(model.eval(), dataset.images)
     labels = dataset.labels.cpu()
     called = probabilities.argmax(1)
-    counts = torch.bincount(labels * len(CLASSES) + called, minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)
+    classes = len(dataset.classes)
+    counts = torch.bincount(labels * classes + called, minlength=classes**2).view(classes, -1)
     loss = F.nll_loss(probabilities.clamp_min(1e-12).log(), labels).item()
     return loss, (called == labels).float().mean().item(), counts
 
 
 if __name__ == "__main__":
-    settings.run(main, globals())
+    settings.run(main, globals(), recipes=RECIPES)

@@ -1,0 +1,73 @@
+"""Named, complete sets of constants: ``--recipe NAME`` sets every constant that is not as the script has it.
+
+"published" is what the scripts have: the settings of the published run, for a GPU. Each network of ``weights/`` has the
+recipe that made it, under its name.
+"""
+
+from settings import Recipes
+
+_SMALL = {  # common to short trainings of networks that predict the clean image
+    "ADAM_BETA2": 0.99,
+    "TIME_SAMPLING": "logit_normal",
+    "EMA_UPDATE_EVERY": 1,
+    "CFG_SCALE": 1.0,
+}
+_CLASSIFIER = {"IMAGE_SIZE": 64, "BATCH_SIZE": 64, "PRETRAINED": False}  # from scratch, on a CPU
+
+RECIPES: Recipes = {
+    "published": {"train_diffusion": {}, "train_classifier": {}, "export_weights": {}},
+    # Both networks in ten minutes on two cores, from 12,000 images
+    "first_look": {
+        "train_diffusion": _SMALL
+        | {
+            "MODEL_SIZE": "NanoDiT-S/16",
+            "BATCH_SIZE": 16,
+            "LEARNING_RATE": 2e-3,
+            "EPOCHS": 8,
+            "WARMUP_EPOCHS": 0.2,
+            "EMA_BETA": 0.999,
+            "NUM_ODE_STEPS": 20,
+            "SAMPLE_INTERVAL": 1,
+            "CHECKPOINT_SAVE_INTERVAL": 1,
+        },
+        "train_classifier": _CLASSIFIER | {"IMAGE_SIZE": 48, "EPOCHS": 4},
+    },
+    # weights/component_mlp.safetensors: an hour on two cores, from 90,000 images
+    "component_mlp": {
+        "train_diffusion": _SMALL
+        | {
+            "MODEL_SIZE": "ComponentMLP-512",
+            "BATCH_SIZE": 256,
+            "LEARNING_RATE": 1.5e-3,
+            "EPOCHS": 400,
+            "WARMUP_EPOCHS": 0.5,
+            "TIME_MEDIAN": 0.3,
+            "TIME_WIDTH": 2.0,
+            "EMA_BETA": 0.9995,
+            "NUM_ODE_STEPS": 8,
+            "SOLVER": "multistep",
+            "TIME_GRID": "logit",
+            "TOLERANCE": 0.04,
+            "AMP_DTYPE": "bfloat16",
+        },
+        "export_weights": {"HALVED": "codec.vectors", "OUTPUT_PATH": "weights/component_mlp.safetensors"},
+    },
+    # weights/resnet18_lens.safetensors: 40 minutes on two cores, from 18,000 images
+    "resnet18_lens": {
+        "train_classifier": _CLASSIFIER | {"EPOCHS": 12},
+        "export_weights": {
+            "CHECKPOINT_PATH": "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt",
+            "HALVED": "*",
+            "OUTPUT_PATH": "weights/resnet18_lens.safetensors",
+        },
+    },
+    # weights/resnet18_sharp.safetensors: an hour on two cores, from 180,000 images
+    "resnet18_sharp": {
+        "train_classifier": _CLASSIFIER | {"EPOCHS": 10, "AMP_DTYPE": "bfloat16"},
+        "export_weights": {
+            "CHECKPOINT_PATH": "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt",
+            "HALVED": "layer[34]*weight",
+            "OUTPUT_PATH": "weights/resnet18_sharp.safetensors",
+        },
+    },
+}
