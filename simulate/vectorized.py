@@ -1,4 +1,4 @@
-"""The recipe of simulate_lenses.py for many images at once, in float32 on any device, with the formulas of caustics.
+"""The recipe of model_ii.py for many images at once, in float32 on any device, with the formulas of caustics.
 
 For timing: the strongest simulator that a generator can be compared with. The main lens is the same in every image, so
 its deflections are computed once, by lenstronomy; the point masses are those of each image.
@@ -17,18 +17,17 @@ from lenstronomy.LensModel.Profiles.sersic_utils import SersicUtil
 from lenstronomy.Util.param_util import ellipticity2phi_q
 from torch import Tensor
 
-from simulate.simulate_lenses import einstein_radius, point_masses, psf_matrix, source_light, source_plane, telescope
-
-_SCALE = 0.6343147  # of deflections, which lenstronomy takes to be meant for a source at z = 2.5
+from simulate.model_ii import einstein_radius, pixel_centres, point_masses, psf_matrix, source_light, source_plane
+from simulate.recipes import MODEL_II
 
 
 def render_many(rows: Sequence[dict[str, Any]], device: torch.device | str = "cpu") -> Tensor:
-    """Images (n, 64, 64), float32, of rows of ``parameter_table`` of one class; their unit is not that of the files."""
+    """Images (n, h, w), float32, of rows of ``parameter_table`` of one class; their unit is not that of the files."""
     return shoot_rays(*to_tensors(rows, device))
 
 
 def to_tensors(rows: Sequence[dict[str, Any]], device: torch.device | str) -> tuple[Tensor, ...]:
-    """What ``shoot_rays`` takes; sources (n, 2), radii (n, m) and positions (n, m, 2) in arcsec, then the recipe."""
+    """Arguments of ``shoot_rays``: sources (n, 2), radii (n, m) and positions (n, m, 2) in arcsec, then the recipe."""
     masses, positions = zip(*map(point_masses, rows), strict=True)
     sources = np.stack([row["source_xy"] for row in rows])
     of_rows = (sources, einstein_radius(np.stack(masses)), np.stack(positions))
@@ -38,7 +37,7 @@ def to_tensors(rows: Sequence[dict[str, Any]], device: torch.device | str) -> tu
 def shoot_rays(
     source: Tensor, radius: Tensor, centre: Tensor, pixels: Tensor, rays: Tensor, psf: Tensor, light: Tensor
 ) -> Tensor:
-    """Images (n, 64, 64): nothing but tensors, so that torch can compile it.
+    """Images (n, h, w): nothing but tensors, so that torch can compile it.
 
     Args:
         source: its centre, (n, 2).
@@ -47,7 +46,7 @@ def shoot_rays(
     """
     radius, centre = radius[:, :, None, None], centre[:, :, None, None]
     points = func.reduced_deflection_angle_point(centre[..., 0], centre[..., 1], radius, *pixels)
-    ray_x, ray_y = (ray - _SCALE * point.sum(1) for ray, point in zip(rays, points, strict=True))
+    ray_x, ray_y = (ray - MODEL_II.deflection_scale * point.sum(1) for ray, point in zip(rays, points, strict=True))
     x, y = source[:, :, None, None].unbind(1)
     q, phi, index, size, b = light
     return psf @ func.brightness_sersic(x, y, q, phi, index, size, 1.0, ray_x, ray_y, b) @ psf.T
@@ -55,14 +54,13 @@ def shoot_rays(
 
 @cache
 def _recipe(device: torch.device) -> tuple[Tensor, ...]:
-    """Coordinates of pixels (2, 64, 64) and of their rays in the source plane without point masses, in arcsec; the
-    PSF's matrix (64, 64); the source's axis ratio, angle, Sérsic index, radius and b_n."""
-    pixels = np.stack(telescope(0)[1].ImageNumerics.coordinates_evaluate).reshape(2, 64, 64)
+    """Coordinates of pixels (2, h, w) and of their rays in the source plane without point masses, in arcsec; the PSF's
+    matrix (h, h); the source's axis ratio, angle, Sérsic index, radius and b_n."""
     light = source_light()
     phi, q = ellipticity2phi_q(light["e1"], light["e2"])
     size = light["R_sersic"] / np.sqrt(q)  # lenstronomy's is the mean of the axes
     light = np.array([q, phi, light["n_sersic"], size, SersicUtil().b_n(light["n_sersic"])])
-    return tuple(_to_device(values, device) for values in (pixels, source_plane(), psf_matrix(), light))
+    return tuple(_to_device(values, device) for values in (pixel_centres(), source_plane(), psf_matrix(), light))
 
 
 def _to_device(values: np.ndarray, device: torch.device | str) -> Tensor:
