@@ -24,7 +24,8 @@ def image_grid(rows: dict[str, np.ndarray], title: str = "", signed: Collection[
     """Rows of lens images, each with its name to the left.
 
     Args:
-        rows: name of each row and its images, (n, 64, 64) or (n, 1, 64, 64) in [0, 1].
+        rows: name of each row and its images, (n, h, w) or (n, c, h, w) in [0, 1]; three channels are shown as red,
+            green and blue, other numbers of them as their mean.
         signed: names of rows that hold differences of images; they are shown from -0.05 to 0.05.
     """
     columns = max(len(images) for images in rows.values())
@@ -39,7 +40,9 @@ def image_grid(rows: dict[str, np.ndarray], title: str = "", signed: Collection[
         if name in signed:
             shown = {"cmap": "RdBu_r", "vmin": -0.05, "vmax": 0.05}
         for axis, image in zip(axes_of_row, images, strict=False):
-            axis.imshow(np.asarray(image).reshape(image.shape[-2:]), origin="lower", **shown)
+            channels = np.asarray(image).reshape(-1, *image.shape[-2:])
+            in_color = len(channels) == 3 and name not in signed
+            axis.imshow(np.moveaxis(channels, 0, 2) if in_color else channels.mean(0), origin="lower", **shown)
     figure.suptitle(_literal(title))
     return figure
 
@@ -74,15 +77,17 @@ def training_curves(folder: str | Path, history: list[dict[str, float]], panels:
 @own_style
 def confusion_matrix(counts: np.ndarray, classes: tuple[str, ...], title: str = "") -> Figure:
     """A confusion matrix: counts[i, j] images of class i called class j, with their share of class i."""
-    figure = Figure(figsize=(4.5, 4), layout="constrained")
+    size = max(4.0, 0.9 * len(classes))
+    figure = Figure(figsize=(size + 0.5, size), layout="constrained")
     axis = figure.subplots()
     share = counts / counts.sum(1, keepdims=True).clip(1)
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (i, j), count in np.ndenumerate(counts):
         color = "white" if share[i, j] > 0.5 else "black"
         axis.text(j, i, f"{count}\n{share[i, j]:.1%}", ha="center", va="center", color=color)
-    axis.set_xticks(range(len(classes)), classes)
-    axis.set_yticks(range(len(classes)), classes)
+    names = [_literal(name) for name in classes]
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="called", ylabel="true", title=_literal(title))
     return figure
 
@@ -91,9 +96,9 @@ def confusion_matrix(counts: np.ndarray, classes: tuple[str, ...], title: str = 
 def bands(
     x: np.ndarray, panels: dict[str, dict[str, np.ndarray]], xlabel: str, ylabel: str, log: bool = False
 ) -> Figure:
-    """Median and 5% to 95% range of curves: panel -> name -> (n, len(x)); the first name's range is shaded."""
+    """Median and 5% to 95% range of curves: panel -> name -> (n, len(x)); the range of the first name is shaded."""
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    for axis, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    for axis, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for number, (name, values) in enumerate(curves.items()):
             low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=0)
             color = f"C{number}"
@@ -102,7 +107,7 @@ def bands(
                 axis.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
             else:
                 axis.plot(x, low, x, high, color=color, linestyle="--", linewidth=0.8)
-        axis.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+        axis.set(title=_literal(title), xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
         axis.grid(alpha=0.3)
     axis.legend()
     return figure
@@ -112,14 +117,14 @@ def bands(
 def histograms(panels: dict[str, dict[str, np.ndarray]], xlabel: str) -> Figure:
     """Distributions of positive numbers on a logarithmic axis: panel -> name -> (n,)."""
     figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
-    for axis, (title, samples) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    for axis, (title, samples) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         low, high = (reduce(np.concatenate(list(samples.values()))) for reduce in (np.min, np.max))
         edges = np.geomspace(max(low, 1e-9), max(high, 2e-9), 41)
         for name, values in samples.items():
             share = np.full(len(values), 1 / len(values))
             within = values.clip(edges[0], edges[-1])
             axis.hist(within, edges, weights=share, histtype="step", linewidth=1.5, label=_literal(name))
-        axis.set(title=title, xlabel=xlabel, ylabel="share of images", xscale="log")
+        axis.set(title=_literal(title), xlabel=xlabel, ylabel="share of images", xscale="log")
         axis.set_xlim(10 ** np.floor(np.log10(edges[0])), 10 ** np.ceil(np.log10(edges[-1])))  # labels at decades alone
         axis.grid(alpha=0.3)
     axis.legend()
@@ -127,8 +132,8 @@ def histograms(panels: dict[str, dict[str, np.ndarray]], xlabel: str) -> Figure:
 
 
 def _literal(text: str) -> str:
-    """A text in which dollars do not stand for mathematics: names of folders are anything."""
-    return text.replace("$", r"\$")
+    """A text to draw in which dollars do not stand for mathematics: names of folders are anything, also not UTF-8."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def check_format(path: str | Path) -> None:

@@ -1,22 +1,19 @@
 """What a lens image costs on this machine, simulated and generated, side by side in one run.
 
     python evaluate/benchmark.py                    # on a CPU, mostly waits for the reference sampler
-    python evaluate/benchmark.py --data_dir D       # with the quality of each number of passes beside its cost
+    python evaluate/benchmark.py --data_dir D       # with the quality of each number of steps beside its cost
 
 Contenders: lenstronomy as simulate/simulate_lenses.py uses it, on all cores; the same recipe for many images at once
 (simulate/vectorized.py), compiled; the reference sampler, 50 Euler steps with guidance of NanoDiT-B/2, untrained since
-its speed is the same; the generator of CHECKPOINT_PATH in 1 to 16 passes, and compiled. Writes
-OUTPUT_DIR/benchmark.json and OUTPUT_DIR/benchmark.png and prints the tables.
+its speed is the same; the generator of CHECKPOINT_PATH with 1 to 16 network evaluations (NFE) an image, and compiled.
+For images without a recipe there are no simulators. Writes OUTPUT_DIR/benchmark.json and OUTPUT_DIR/benchmark.png and
+prints the tables.
 """
 
 import copy
 import json
-import multiprocessing
-import re
-import resource
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -32,21 +29,23 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plots
 import settings
-from dataset import CLASSES, load_parts
-from evaluate.estimate_cost import seconds
-from evaluate.evaluate_fld import load_model, sampler_of
-from evaluate.lens_distance import LensDistance
+from dataset import load_parts
 from files import hold, whole
+from metrics.lens_distance import LensDistance
+from metrics.score import check_match
+from metrics.timing import least_seconds, peak_memory
 from models import flow
 from models.classifier import load_classifier
-from models.model import SIZES, NanoDiT
+from models.generator import SIZES, Generator, build_untrained, load_model
 from settings import Count
-from simulate.simulate_lenses import parameter_table, render_row, usable_cores
+from simulate.model_ii import parameter_table, render_row
+from simulate.recipes import recipe_of
 from simulate.vectorized import shoot_rays, to_tensors
+from simulate.workers import render_pool
 
-DATA_DIR: str | None = None  # Folder with axion/, cdm/ and no_sub/: adds the Fréchet distance to its test images
+DATA_DIR: str | None = None  # Folder of images: adds the Fréchet distance to its test images
 CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
-    "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/nanodit_s64.safetensors"
+    "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/component_mlp.safetensors"
 )
 CLASSIFIER_PATH: str = settings.first_there(  # Gives the lens features, likewise
     "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
@@ -58,9 +57,8 @@ ROUNDS: Count = 3  # Every contender is timed in each round; the least time coun
 IMAGES_PER_CLASS: Count = 500  # In a Fréchet distance; as many as half of the test images if these are fewer
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
-_PASSES = (1, 2, 4, 8, 16)
+_NFE = (1, 2, 4, 8, 16)
 _BATCHES = (1, 8, 64, 512)
-_PIXELS = (32, 64, 128, 256)
 _LENSTRONOMY, _VECTORIZED, _REFERENCE = "lenstronomy, all cores", "vectorized simulator", "reference sampler"
 _Timed = dict[str, tuple[int, Callable[[], object]]]  # contender -> images, and what makes them
 
@@ -71,7 +69,7 @@ def main() -> None:
     model = load_model(CHECKPOINT_PATH, DEVICE)
     quality = {} if DATA_DIR is None else quality_of(model, device)  # first: what is wrong with the data shows at once
     generators = networks(model, device)
-    with simulators(device) as contenders:
+    with simulators(model, device) as contenders:
         contenders |= {name: (drawn[1], partial(draw, *drawn)) for name, drawn in generators.items()}
         times, rates = {name: [] for name in contenders}, []
         for _ in tqdm(range(ROUNDS), "timing", leave=False):
@@ -83,25 +81,20 @@ def main() -> None:
     found = {name: {"seconds": min(of_name)} for name, of_name in times.items()}
     for name, drawn in generators.items():
         found[name] |= {"operations": operations_of_image(*drawn)}
+    strict = replace(model.sampler, tolerance=None)
     growth = {
         "images at once": {n: cost(model, n, model.sampler) for n in _BATCHES},
-        "pixels": {n: cost(of_pixels(model, n), BATCH_SIZE, replace(model.sampler, tolerance=None)) for n in _PIXELS},
-        "steps": {n: found[_named(n)]["seconds"] for n in _PASSES},
+        "pixels": {n: cost(of_pixels(model, n), BATCH_SIZE, strict) for n in sizes(model)},
+        "NFE": {n: found[_named(n)]["seconds"] for n in _NFE},
     }
-    memory = peak_memory() if device.type == "cpu" else {}
-    print_contenders(found, rate, quality)
+    memory = peak_memory(CHECKPOINT_PATH, _BATCHES) if device.type == "cpu" else {}
+    print_contenders(found, rate, quality, model.classes)
     print_growth(growth, memory)
     report = {"settings": settings.constants(globals()), "matmul_rate": rate, "contenders": found, "growth": growth}
     with whole(Path(OUTPUT_DIR) / "benchmark.json") as file:
         file.write(json.dumps(report | {"memory": memory, "quality": quality}, indent=1).encode())
     plots.save(picture(found, quality), Path(OUTPUT_DIR) / "benchmark.png")
     print(f"\nWritten: {OUTPUT_DIR}/benchmark.json and {OUTPUT_DIR}/benchmark.png")
-
-
-def least_seconds(work: Callable[[], object], warm_up: bool) -> float:
-    """The least time of as many as fit into a second, 15 at most."""
-    once = seconds(work, 1, warm_up)
-    return min(once, seconds(work, min(14, int(1 / once)), warm_up=False)) if once < 1 else once
 
 
 def matmul_rate(device: torch.device, size: int = 2048) -> float:
@@ -117,8 +110,8 @@ def operations(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def operations_of_image(model: NanoDiT, images: int, sampler: flow.Sampler) -> float:
-    """Of one image among so many: those of each pass, which a short run tells, and of decoding, once."""
+def operations_of_image(model: Generator, images: int, sampler: flow.Sampler) -> float:
+    """Operations of one image among so many: of each network evaluation, which a short run tells, and of decoding."""
     one, two = (
         operations(partial(draw, model, images, replace(sampler, steps=steps, tolerance=None))) for steps in (1, 2)
     )
@@ -126,11 +119,14 @@ def operations_of_image(model: NanoDiT, images: int, sampler: flow.Sampler) -> f
 
 
 @contextmanager
-def simulators(device: torch.device) -> Iterator[_Timed]:
-    """Both simulators, as many images of each class."""
-    table = parameter_table(-(-BATCH_SIZE // len(CLASSES)), 0)
+def simulators(model: Generator, device: torch.device) -> Iterator[_Timed]:
+    """Both simulators of images like the generator's, as many of each class; none where no recipe makes them."""
+    if recipe_of(model.classes, model.image_shape) is None:
+        yield {}
+        return
+    table = parameter_table(-(-BATCH_SIZE // len(model.classes)), 0)
     rows = [dict(zip(row.colnames, row, strict=True)) for row in table]
-    of_class = [[row for row in rows if row["class"] == name] for name in CLASSES]
+    of_class = [[row for row in rows if row["class"] == name] for name in model.classes]
     fast = torch.compile(shoot_rays, dynamic=False)
     shoot = fast if compiles(lambda: [fast(*to_tensors(of_name, device)) for of_name in of_class]) else shoot_rays
 
@@ -138,7 +134,7 @@ def simulators(device: torch.device) -> Iterator[_Timed]:
         for of_name in of_class:
             shoot(*to_tensors(of_name, device)).cpu()
 
-    with ProcessPoolExecutor(usable_cores(), initializer=settings.as_worker) as pool:
+    with render_pool() as pool:
         yield {
             _LENSTRONOMY: (len(rows), lambda: list(pool.map(render_row, rows, chunksize=4))),
             _VECTORIZED: (len(rows), vectorized),
@@ -155,12 +151,12 @@ def compiles(work: Callable[[], object]) -> bool:
     return True
 
 
-def networks(model: NanoDiT, device: torch.device) -> dict[str, tuple[NanoDiT, int, flow.Sampler]]:
-    """What ``draw`` takes for the reference sampler, and for the generator in few passes."""
-    reference = NanoDiT(**SIZES["NanoDiT-B/2"]).to(device).eval()
+def networks(model: Generator, device: torch.device) -> dict[str, tuple[Generator, int, flow.Sampler]]:
+    """Arguments of ``draw`` for the reference sampler, and for the generator with few evaluations."""
+    reference = build_untrained("NanoDiT-B/2", model.classes, model.image_shape).to(device).eval()
     alone = 1 if device.type == "cpu" else BATCH_SIZE  # an image takes a CPU a minute
     found = {_REFERENCE: (reference, alone, flow.Sampler())}
-    found |= {_named(steps): (model, BATCH_SIZE, of_passes(model, steps)) for steps in _PASSES}
+    found |= {_named(steps): (model, BATCH_SIZE, of_steps(model, steps)) for steps in _NFE}
     fast = copy.deepcopy(model)
     fast.compile()
     if compiles(lambda: draw(fast, BATCH_SIZE, model.sampler)):
@@ -168,80 +164,73 @@ def networks(model: NanoDiT, device: torch.device) -> dict[str, tuple[NanoDiT, i
     return found
 
 
-def of_passes(model: NanoDiT, passes: int) -> flow.Sampler:
-    """So many and no more, but for those that the generator is shipped with: it is timed as it is."""
-    return sampler_of(model, None if passes == model.sampler.steps else passes, None)
+def of_steps(model: Generator, steps: int) -> flow.Sampler:
+    """The generator's sampler with exactly so many steps; with its own number of steps it stays as it is."""
+    return model.sampler if steps == model.sampler.steps else model.sampler_for(steps)
 
 
-def _named(passes: int) -> str:
-    return f"NanoDiT, {passes} pass{'es' if passes > 1 else ''}"
+def _named(nfe: int) -> str:
+    return f"generator, {nfe} NFE"
 
 
-def draw(model: NanoDiT, images: int, sampler: flow.Sampler) -> Tensor:
+def draw(model: Generator, images: int, sampler: flow.Sampler) -> Tensor:
     """Images of all classes, from noise to pixels."""
-    return model.generate(torch.arange(images) % len(CLASSES), sampler, batch_size=images)
+    return model.generate(torch.arange(images) % len(model.classes), sampler, batch_size=images)
 
 
-def of_pixels(model: NanoDiT, pixels: int) -> NanoDiT:
-    """An untrained network like ``model`` for images of another size: more tokens, or a smaller one."""
-    config = model.config | {"input_size": pixels, "patch_size": min(model.patch_size, pixels)}
-    return NanoDiT(**config).to(model.pos_embed.device).eval()
+def sizes(model: Generator) -> list[int]:
+    """Half the generator's image size to four times it, as far as its patches tile such images."""
+    size, patch = model.image_shape[-1], model.network.config.get("patch_size", 1)
+    return [n for n in (size // 2, size, 2 * size, 4 * size) if n % min(patch, n) == 0]
 
 
-def cost(model: NanoDiT, images: int, sampler: flow.Sampler) -> float:
+def of_pixels(model: Generator, pixels: int) -> Generator:
+    """An untrained generator like ``model`` for images of another size."""
+    config = {"prediction": model.prediction} | model.network.config
+    config.pop("input_size", None)
+    if "patch_size" in config:
+        config["patch_size"] = min(config["patch_size"], pixels)
+    like = next(name for name, size in SIZES.items() if size["network"] == type(model.network).__name__)
+    shape = (model.image_shape[0], pixels, pixels)
+    return build_untrained(like, model.classes, shape, **config).to(model.device).eval()
+
+
+def cost(model: Generator, images: int, sampler: flow.Sampler) -> float:
     """Seconds an image."""
     return least_seconds(lambda: draw(model, images, sampler), warm_up=True) / images
 
 
-def peak_memory() -> dict[int, float]:
-    """Bytes that generating so many images at once needs beyond the loaded network, in a process of its own."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, settings.as_worker) as pool:
-        return pool.submit(_peak_memory, CHECKPOINT_PATH).result()
-
-
-def _peak_memory(checkpoint: str) -> dict[int, float]:
-    model, found = load_model(checkpoint, "cpu"), {}
-    before = _highest()
-    for images in _BATCHES:  # from small to large: the system knows the highest peak so far
-        draw(model, images, model.sampler)
-        found[images] = _highest() - before
-    return found
-
-
-def _highest() -> float:
-    """Most bytes that this process has held; on Linux ``getrusage`` would count its parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * float(re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="utf-8"))[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
-
-
-def quality_of(model: NanoDiT, device: torch.device) -> dict[int, dict[str, float]]:
-    """Fréchet distance in lens features over its floor: passes -> part -> ratio."""
+def quality_of(model: Generator, device: torch.device) -> dict[int, dict[str, float]]:
+    """Fréchet distance in lens features over its floor: NFE -> subset -> ratio."""
     (test,) = load_parts(DATA_DIR, "test", cache_dir=CACHE_DIR)
-    distance = LensDistance(test, load_classifier(CLASSIFIER_PATH, device), IMAGES_PER_CLASS)
+    classifier = load_classifier(CLASSIFIER_PATH, device)
+    check_match(test, {CHECKPOINT_PATH: model, CLASSIFIER_PATH: classifier})
+    distance = LensDistance(test, classifier, IMAGES_PER_CLASS)
     found = {}
-    for passes in tqdm(_PASSES, "quality", leave=False):
-        images = model.generate(distance.labels, of_passes(model, passes))
-        found[passes] = distance.over_floor(images)
+    for steps in tqdm(_NFE, "quality", leave=False):
+        images = model.generate(distance.labels, of_steps(model, steps))
+        found[steps] = distance.over_floor(images)
     return found
 
 
-def print_contenders(found: dict[str, dict[str, float]], rate: float, quality: dict[int, dict[str, float]]) -> None:
+def print_contenders(
+    found: dict[str, dict[str, float]], rate: float, quality: dict[int, dict[str, float]], classes: tuple[str, ...]
+) -> None:
     """Time of each contender, beside lenstronomy and beside the time that its operations alone take."""
     print(
         "\n| | ms an image | images/s | times lenstronomy | over the arithmetic floor | Fréchet distance over floor |"
     )
     print("|---|---|---|---|---|---|")
-    ratios = {_named(passes): ratio for passes, ratio in quality.items()}
+    ratios = {_named(nfe): ratio for nfe, ratio in quality.items()}
     for name, of_name in found.items():
         taken = of_name["seconds"]
-        speed = found[_LENSTRONOMY]["seconds"] / taken
+        speed = _count(found[_LENSTRONOMY]["seconds"] / taken) if _LENSTRONOMY in found else "-"
         floor = f"{taken * rate / of_name['operations']:.2f}" if "operations" in of_name else "-"
-        of_parts = [_count(ratios[name][part]) for part in ("overall", *CLASSES)] if name in ratios else []
-        distance = "{} ({}, {}, {})".format(*of_parts) if of_parts else "-"
-        print(f"| {name} | {1e3 * taken:.3g} | {_count(1 / taken)} | {_count(speed)} | {floor} | {distance} |")
+        distance = "-"
+        if name in ratios:
+            of_classes = ", ".join(_count(ratios[name][of]) for of in classes)
+            distance = f"{_count(ratios[name]['overall'])} ({of_classes})"
+        print(f"| {name} | {1e3 * taken:.3g} | {_count(1 / taken)} | {speed} | {floor} | {distance} |")
 
 
 def print_growth(growth: dict[str, dict[int, float]], memory: dict[int, float]) -> None:
@@ -259,8 +248,8 @@ def picture(found: dict[str, dict[str, float]], quality: dict[int, dict[str, flo
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     speeds = [1 / of_name["seconds"] for of_name in found.values()]
-    distances = {_named(passes): f", Fréchet ratio {_count(ratio['overall'])}" for passes, ratio in quality.items()}
-    bars = axes.barh(list(found), speeds, color=["C1" if "NanoDiT" in name else "C0" for name in found])
+    distances = {_named(nfe): f", Fréchet ratio {_count(ratio['overall'])}" for nfe, ratio in quality.items()}
+    bars = axes.barh(list(found), speeds, color=["C1" if "generator" in name else "C0" for name in found])
     labels = [f" {_count(speed)}{distances.get(name, '')}" for name, speed in zip(found, speeds, strict=True)]
     axes.bar_label(bars, labels)
     axes.set(xscale="log", xlabel="images/s", xlim=(min(speeds) / 2, 2000 * max(speeds)))

@@ -1,4 +1,4 @@
-"""Shows that every figure catches the failure it exists for: scores generators that are broken in known ways.
+"""Shows that every metric catches the failure it exists for: scores generators that are broken in known ways.
 
     python evaluate/check_metrics.py
 
@@ -18,32 +18,32 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
-from dataset import CLASSES, NpyDataset, load_parts, some_of_each_class
-from evaluate.figures import PARTS, TITLES, Reference, apart, fewest
-from evaluate.report import with_spread
+from dataset import NpyDataset, load_parts, some_of_each_class
 from files import claim
+from metrics.report import with_deviation
+from metrics.score import Reference, apart, check_match, fewest, subsets_of, titles_of
 from models.classifier import load_classifier
 from settings import Count, InputError, Splits, Whole
 
-DATA_DIR: str = "data"  # Folder with axion/, cdm/ and no_sub/
+DATA_DIR: str = "data"  # Folder with a folder of images for each class
 OUTPUT_DIR: str = "metric_check"  # Where the broken images go
 CLASSIFIER_PATH: str = settings.first_there(  # Gives the lens features; the repository's if none was trained here
     "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
 )
 CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
 IMAGES_PER_CLASS: Count = 1000  # As many as half of the test or all of the validation images if these are fewer
-NUM_SPLITS: Splits = 10  # Random halves of the real images, for floors and their spread
+NUM_SPLITS: Splits = 10  # Random halves of the real images, for floors and their deviation
 SEED: Whole = 0  # Of the splits and of what is done to the images
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
-# What is done to (n, 64, 64) images of the validation part, class by class, in order of CLASSES
+# Changes of the images (n, c, s, s) of the validation split, class by class
 _BROKEN: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "real": lambda images, rng: images,
     "one_image": lambda images, rng: np.repeat(images[:1], len(images), axis=0),
-    "blurred": lambda images, rng: gaussian_filter(images, (0, 1, 1)),
-    "rotated": lambda images, rng: np.rot90(images, axes=(1, 2)),
+    "blurred": lambda images, rng: gaussian_filter(images, (0, 0, 1, 1)),
+    "rotated": lambda images, rng: np.rot90(images, axes=(2, 3)),
     "garbage": lambda images, rng: np.where(
-        (np.arange(len(images)) % 20 == 0)[:, None, None], rng.random(images.shape), images
+        (np.arange(len(images)) % 20 == 0)[:, None, None, None], rng.random(images.shape), images
     ),
 }
 # And two that are not made image by image: training images returned, and classes given each other's images
@@ -58,21 +58,22 @@ def main() -> None:
     if count < 3:
         raise InputError(f"{DATA_DIR}: too few images of a class; add images")
     classifier = load_classifier(CLASSIFIER_PATH, settings.pick_device(DEVICE))
+    check_match(test, {CLASSIFIER_PATH: classifier})
     reference = Reference(test, train, count, classifier, seed=SEED)
     folders = write_broken(Path(OUTPUT_DIR), train, val, count, SEED)
     found = {
-        name: reference.score(name, NpyDataset(folder), NUM_SPLITS, SEED).figures
+        name: reference.score(name, NpyDataset(folder), NUM_SPLITS, SEED).metrics
         for name, folder in tqdm(folders.items(), "broken generators", leave=False)
     }
     print(f"\n{count} images a class, {NUM_SPLITS} splits; bold: one in a thousand would be so far from the floor\n")
-    for part in PARTS:
-        print(f"| {part} | floor | {' | '.join(found)} |\n|---|---|{'---|' * len(found)}")
-        for figure, title in TITLES.items():
-            cells = [figures[figure][part] for figures in found.values()]
+    for subset in subsets_of(test):
+        print(f"| {subset} | floor | {' | '.join(found)} |\n|---|---|{'---|' * len(found)}")
+        for name, title in titles_of(test).items():
+            cells = [metrics[name][subset] for metrics in found.values()]
             if cells[0]["value"] is not None:
-                row = [with_spread(figure, cell, "value") for cell in cells]
+                row = [with_deviation(name, cell, "value") for cell in cells]
                 row = [f"**{text}**" if apart(c, NUM_SPLITS) else text for text, c in zip(row, cells, strict=True)]
-                print(f"| {title} | {with_spread(figure, cells[0], 'floor')} | {' | '.join(row)} |")
+                print(f"| {title} | {with_deviation(name, cells[0], 'floor')} | {' | '.join(row)} |")
         print()
 
 
@@ -80,7 +81,7 @@ def write_broken(output: Path, train: NpyDataset, val: NpyDataset, count: int, s
     """Writes a folder of images for each broken generator; returns the folders."""
     rng = np.random.default_rng(seed)
     real, of_train = (
-        dataset.read(some_of_each_class(dataset.labels, n, seed)).numpy()[:, 0].reshape(len(CLASSES), -1, 64, 64)
+        dataset.read(some_of_each_class(dataset.labels, n, seed)).unflatten(0, (len(dataset.classes), -1)).numpy()
         for dataset, n in ((val, count), (train, fewest(train)))
     )
     sets = {name: np.stack([change(images, rng) for images in real]) for name, change in _BROKEN.items()}
@@ -88,7 +89,7 @@ def write_broken(output: Path, train: NpyDataset, val: NpyDataset, count: int, s
     sets[_SWAPPED] = np.roll(real, 1, axis=0)
     for name, images in sets.items():
         shutil.rmtree(output / name, ignore_errors=True)
-        for label, of_class in zip(CLASSES, images, strict=True):
+        for label, of_class in zip(val.classes, images, strict=True):
             (output / name / label).mkdir(parents=True)
             for i, image in enumerate(of_class):
                 np.save(output / name / label / f"{i}.npy", image.astype(np.float32))

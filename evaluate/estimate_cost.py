@@ -6,10 +6,9 @@
 Prints the measured rates and, from them alone, two tables: generating, and a step of training.
 """
 
+import math
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -19,17 +18,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed
 import settings
-from dataset import CLASSES
 from files import save_array
+from metrics.timing import seconds
 from models import flow
-from models.model import SIZES, NanoDiT
-from settings import Count, Guidance, Positive, Steps
-from train.train_diffusion import duration, seconds_an_image
+from models.generator import SIZES, Generator, build_untrained
+from settings import Count, Guidance, InputError, Positive, Steps
+from simulate.recipes import MODEL_II
+from train.run import duration, seconds_an_image
 
 MODEL_SIZE: Literal[tuple(SIZES)] = "NanoDiT-B/2"  # The network; weights do not matter for its speed
 NUM_ODE_STEPS: Steps = 50  # Euler steps from noise to image
 CFG_SCALE: Guidance = 5.0  # Guidance scale; 1 is no guidance, half of the work
 BATCH_SIZE: Count = 128  # Images at once, on each device
+IMAGE_SIZE: Count = MODEL_II.image_shape[-1]  # Pixels on a side
+CHANNELS: Count = MODEL_II.image_shape[0]  # Of an image
 OUTPUT_DIR: str = "."  # Somewhere on the file system that the images would go to
 NETWORK_GB_PER_S: Positive = 10.0  # Between devices, where it is not measured: when this runs as one process
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
@@ -41,21 +43,22 @@ _DEVICES = (1, 8, 320)
 def main() -> None:
     device = distributed.join(settings.pick_device(DEVICE))
     torch.manual_seed(0)
-    model = NanoDiT(**SIZES[MODEL_SIZE]).to(device).eval()
-    labels = torch.arange(BATCH_SIZE) % len(CLASSES)
+    shape = (CHANNELS, IMAGE_SIZE, IMAGE_SIZE)
+    model = build(shape).to(device)
+    labels = torch.arange(BATCH_SIZE) % len(model.classes)
     sampler = flow.Sampler(NUM_ODE_STEPS, CFG_SCALE)
-    images = np.zeros((4096, 64, 64), np.float32)
-    held, order = torch.from_numpy(images), torch.randperm(4096)[:BATCH_SIZE]
+    images = np.zeros((max(BATCH_SIZE, 2**24 // math.prod(shape)), *shape), np.float32)  # 64 MB, or a batch
+    held, order = torch.from_numpy(images), torch.randperm(len(images))[:BATCH_SIZE]
     gradient = torch.zeros(sum(p.numel() for p in model.parameters() if p.requires_grad), device=device)
     rates = {
         "generating": BATCH_SIZE / seconds(lambda: model.generate(labels, sampler)),
-        "training": 1 / seconds_an_image(SIZES[MODEL_SIZE], device),
+        "training": 1 / seconds_an_image(model, BATCH_SIZE),
         "reading": BATCH_SIZE / seconds(lambda: held[order].to(device)),
     }
     with tempfile.TemporaryDirectory(dir=OUTPUT_DIR) as folder:
         path = Path(folder)
-        paths = [path / f"{i}.npy" for i in range(500)]
-        rates["one file an image"] = 500 / seconds(lambda: list(map(save_array, paths, images)))
+        paths = [path / f"{i}.npy" for i in range(min(500, len(images)))]
+        rates["one file an image"] = len(paths) / seconds(lambda: list(map(save_array, paths, images)))
         rates["one file for all"] = len(images) / seconds(lambda: save_array(path / "all.npy", images))
     sums = distributed.total(*rates.values())
     rates = {name: rate / distributed.size() for name, rate in zip(rates, sums, strict=True)}
@@ -68,24 +71,24 @@ def main() -> None:
         print(f"{name}: {rate:.3g} images/s")
     source = "measured" if processes > 1 else "assumed"
     print(f"network: {network / 1e9:.3g} GB/s, {source}; gradients of {traffic / 1e6:.0f} MB a step\n")
-    print_generating(rates)
+    print_generating(rates, images[0].nbytes)
     print_training(rates, traffic, network)
 
 
-def seconds(work: Callable[[], object], repeats: int = 3, warm_up: bool = True) -> float:
-    """The least time that some work takes, after a first time that is not counted."""
-    found = []
-    for _ in range(repeats + warm_up):
-        started = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - started)
-    return min(found[warm_up:])
+def build(shape: tuple[int, int, int]) -> Generator:
+    """An untrained generator of MODEL_SIZE.
+
+    Raises:
+        InputError: for a network that cannot be of such images.
+    """
+    try:
+        return build_untrained(MODEL_SIZE, MODEL_II.classes, shape)
+    except ValueError as error:
+        raise InputError(f"no such network: {error}", 2) from None
 
 
-def print_generating(rates: dict[str, float]) -> None:
-    """Devices share the work; a file system is shared by the devices."""
+def print_generating(rates: dict[str, float], size: int) -> None:
+    """Cost of many images of ``size`` bytes; devices share the work, and the file system."""
     print("| images | devices | generating | writing a file each | writing one file | bytes | the slower |")
     print("|---|---|---|---|---|---|---|")
     for images in _IMAGES:
@@ -94,11 +97,11 @@ def print_generating(rates: dict[str, float]) -> None:
             each, packed = (images / rates[f"one file {kind}"] for kind in ("an image", "for all"))
             slower = "generating" if compute > each else "files" if compute > packed else "the disk"
             times = " | ".join(map(duration, (compute, each, packed)))
-            print(f"| {images:.0e} | {devices} | {times} | {images * 2**14 / 1e9:,.0f} GB | {slower} |")
+            print(f"| {images:.0e} | {devices} | {times} | {images * size / 1e9:,.0f} GB | {slower} |")
 
 
 def print_training(rates: dict[str, float], traffic: float, network: float) -> None:
-    """A step with BATCH_SIZE images a device; a ring sends each gradient twice, but for a share (arXiv:2006.15704)."""
+    """Cost of a step with BATCH_SIZE images a device; a ring sends nearly twice the gradients (arXiv:2006.15704)."""
     print(f"\n| devices | batch | computing | all-reduce | reading | images/s | efficiency |\n{'|---' * 7}|")
     for devices in _DEVICES:
         compute, read = BATCH_SIZE / rates["training"], BATCH_SIZE / rates["reading"]

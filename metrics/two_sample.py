@@ -1,4 +1,5 @@
-"""Can anyone tell? A network trained to tell two sets of images apart (Lopez-Paz & Oquab 2017, arXiv:1610.06545)."""
+"""C2ST, the classifier two-sample test: a network learns to tell two sets of images apart (Lopez-Paz & Oquab 2017,
+arXiv:1610.06545)."""
 
 from collections.abc import Callable
 
@@ -11,15 +12,15 @@ _STEPS, _EPOCHS = 200, 40  # of training: whichever is less
 _BATCH_SIZE, _LEARNING_RATE = 32, 2e-3  # a batch has as many images of either sample
 
 
-def told_apart(
+def c2st(
     a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tensor], labels: Tensor, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Whether a network recognizes each held-out image of two samples after training on the others.
+    """Trains a network on half of the images of two samples to tell which sample an image is of, and tests the rest.
 
     One network for all classes, with an output for each, so that they share what it learns.
 
     Args:
-        a, b: the two samples; each gives its images (m, 1, 64, 64) in [0, 1] of indices (m,). Image i of both is of
+        a, b: the two samples; each gives its images (m, c, s, s) in [0, 1] of indices (m,). Image i of both is of
             class labels[i].
         labels: (n,) int64.
         seed: of the weights, the order and the choice of held-out images.
@@ -70,19 +71,27 @@ class _Network(nn.Module):
 
     def __init__(self, outputs: int, examples: Tensor):
         super().__init__()
+        shown = self._shown(examples)
+        side = (shown.shape[-1] // 4 + 1) // 2  # of what the convolutions leave of an image
         self.layers = nn.Sequential(
-            *(nn.Conv2d(3, 32, 4, 4), nn.GroupNorm(4, 32), nn.ReLU()),
-            *(nn.Conv2d(32, 64, 3, 2, 1), nn.GroupNorm(4, 64), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(64 * 64, outputs)),
+            nn.Conv2d(shown.shape[1], 32, 4, 4),
+            nn.GroupNorm(4, 32),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, 2, 1),
+            nn.GroupNorm(4, 64),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * side**2, outputs),
         )
-        shown = self._channels(examples)
-        self.mean, self.spread = shown.mean((0, 2, 3), keepdim=True), shown.std((0, 2, 3), keepdim=True)
+        self.mean = shown.mean((0, 2, 3), keepdim=True)
+        self.deviation = shown.std((0, 2, 3), keepdim=True).clamp_min(1e-6)  # of a channel that is dark everywhere
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers((self._channels(images) - self.mean) / self.spread)
+        return self.layers((self._shown(images) - self.mean) / self.deviation)
 
     @staticmethod
-    def _channels(images: Tensor) -> Tensor:
+    def _shown(images: Tensor) -> Tensor:
+        """Images (n, c, s, s) with their logarithm and their small scales beside them, (n, 3 c, s, s)."""
         faint = (images + 1e-3).log()
         small = images - F.avg_pool2d(images, 3, 1, 1)
         return torch.cat([images, faint, small], 1)

@@ -1,7 +1,7 @@
 """Does an image obey the lens equation? The smooth lens of the recipe that explains it best, and what it leaves over.
 
-A smooth lens of the recipe (SIE + shear, a Sérsic source, the telescope's PSF; see simulate/simulate_lenses.py) has two
-free numbers, the position of its source. Its rays meet the source plane in the same places wherever the source is, so a
+A smooth lens of Model II (SIE + shear, a Sérsic source, the telescope's PSF; see simulate/model_ii.py) has two free
+numbers, the position of its source. Its rays meet the source plane in the same places wherever the source is, so a
 model image is one evaluation of the source's brightness there and one blur: a thousand fits take seconds.
 """
 
@@ -14,12 +14,12 @@ from lenstronomy.Util.param_util import transform_e1e2_product_average
 from torch import Tensor
 
 from dataset import normalize
-from simulate.simulate_lenses import psf_matrix, source_light, source_plane
+from simulate.model_ii import psf_matrix, source_light, source_plane
 
 _BOX, _SPACING = 0.45, 0.03  # arcsec; sources of the recipe lie within +-0.35, a generator may overshoot
 _STEPS = 6  # of Gauss-Newton; three are enough on a smooth lens
 _DIFFERENCE = 1e-3  # arcsec, for the derivative
-_LEAST_EXPLAINED = 0.5  # share of an image's variance; images of all three classes reach 0.95, noise about 0
+_LEAST_EXPLAINED = 0.5  # share of an image's variance; images of every class of the recipe reach 0.95, noise about 0
 
 
 class _SmoothLens:
@@ -38,7 +38,7 @@ class _SmoothLens:
         self.psf = torch.from_numpy(psf_matrix()).float()
 
     def light(self, xy: Tensor) -> Tensor:
-        """Images (n, 1, 64, 64), not scaled, for source positions (n, 2) in arcsec."""
+        """Images (n, 1, h, w), not scaled, for source positions (n, 2) in arcsec."""
         offset = self.rays - (xy @ self.to_circular.T)[:, :, None, None]
         distance = offset.square().sum(1).sqrt()
         brightness = torch.exp(-self.b * (distance / self.radius) ** (1 / self.index))
@@ -52,7 +52,7 @@ def _smooth_lens() -> _SmoothLens:
 
 @cache
 def _grid() -> tuple[Tensor, Tensor]:
-    """Source positions (m, 2) that cover the box, and their model images (m, 4096)."""
+    """Source positions (m, 2) that cover the box, and their model images (m, pixels)."""
     axis = torch.arange(-_BOX, _BOX + _SPACING / 2, _SPACING)
     xy = torch.cartesian_prod(axis, axis)
     return xy, normalize(_smooth_lens().light(xy)).flatten(1)
@@ -62,10 +62,10 @@ def fit_smooth_lens(images: Tensor) -> tuple[Tensor, Tensor]:
     """Fits the source position of the smooth lens to each image, by least squares: a grid, then Gauss-Newton.
 
     Args:
-        images: (n, 1, 64, 64) in [0, 1], each with its own peak at 1.
+        images: (n, 1, h, w) in [0, 1], each with its own peak at 1.
 
     Returns:
-        Source positions (n, 2) in arcsec, and what the best model leaves over, image - model, (n, 1, 64, 64).
+        Source positions (n, 2) in arcsec, and what the best model leaves over, image - model, (n, 1, h, w).
     """
     lens = _smooth_lens()
     positions, models = _grid()

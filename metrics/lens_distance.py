@@ -4,8 +4,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from dataset import NpyDataset, normalize, some_of_each_class
-from evaluate.figures import PARTS, half_size, halves
-from evaluate.metrics import frechet_distance
+from metrics.distances import frechet_distance
+from metrics.score import half_size, halves, masks
 from models.classifier import classify
 
 
@@ -32,20 +32,20 @@ class LensDistance:
         pairs = [halves(labels, count, seed) for seed in range(splits)]
         self.labels = labels[pairs[0][0]]  # the same in every half
         self.classifier = classifier
+        self.masks = masks(self.labels, test.classes)
         self.real = [features[a] for a, _ in pairs]
         self.floor = self._distances([features[b] for _, b in pairs])
 
     def over_floor(self, images: Tensor) -> dict[str, float]:
-        """Of images (n, 1, 64, 64) of ``labels``: "overall" and each class."""
+        """Ratios for images (n, c, h, w) of ``labels``: "overall" and each class."""
         features = classify(self.classifier, normalize(images), show_progress=False)[1]
         found = self._distances([features] * len(self.real))
-        return {part: found[part] / self.floor[part] for part in PARTS}
+        return {subset: found[subset] / self.floor[subset] for subset in found}
 
     def _distances(self, others: list[Tensor]) -> dict[str, float]:
         """Mean over the splits of the distances to the features of ``others``, one set for each split."""
         found = {}
-        for label, part in enumerate(PARTS, start=-1):
-            here = self.labels >= 0 if part == "overall" else self.labels == label
+        for subset, here in self.masks.items():
             pairs = zip(self.real, others, strict=True)
-            found[part] = float(np.mean([frechet_distance(a[here], b[here]) for a, b in pairs]))
+            found[subset] = float(np.mean([frechet_distance(a[here], b[here]) for a, b in pairs]))
         return found

@@ -57,7 +57,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def precision_recall_density_coverage(real: Tensor, other: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
-    """How much of each sample of features lies within the other's neighbourhoods.
+    """Precision, recall, density and coverage of one sample of features by the neighbourhoods of another.
 
     Precision and recall: Kynkäänniemi et al. 2019 (arXiv:1904.06991, Eq. 1-2); density and coverage: Naeem et al. 2020
     (arXiv:2002.09797, Eq. 4-5). A neighbourhood reaches to the k-th nearest image of the same sample.
@@ -95,9 +95,9 @@ def feature_likelihood_divergence(train: Tensor, test: Tensor, other: Tensor) ->
     """
     random = torch.Generator().manual_seed(0)  # samples come class by class, and no half may lack one
     train, test, other = (x[torch.randperm(len(x), generator=random)[:_FLD_IMAGES]] for x in (train, test, other))
-    mean, spread = test.mean(0), test.std(0)
-    spread = spread.clamp_min(0.01 * spread.mean())  # of a feature that is nearly constant, or dead
-    train, test, other = ((x - mean) / spread for x in (train, test, other))
+    mean, deviation = test.mean(0), test.std(0)
+    deviation = deviation.clamp_min(0.01 * deviation.mean())  # of a feature that is nearly constant, or dead
+    train, test, other = ((x - mean) / deviation for x in (train, test, other))
     of_train, of_test = _negative_log_likelihood(other, train, [train, test])
     half = len(train) // 2
     (baseline,) = _negative_log_likelihood(train[:half][: len(other)], train[half:], [test])
@@ -105,7 +105,10 @@ def feature_likelihood_divergence(train: Tensor, test: Tensor, other: Tensor) ->
 
 
 def _negative_log_likelihood(centres: Tensor, fitted_to: Tensor, of: list[Tensor]) -> list[float]:
-    """A dimension, of samples under equal Gaussians on ``centres`` whose widths are most likely for ``fitted_to``."""
+    """Negative log-likelihood a dimension of each sample in ``of``, under equal Gaussians on ``centres``.
+
+    The widths of the Gaussians are the most likely ones for ``fitted_to``.
+    """
     dimension, wide = centres.shape[1], centres.double()
 
     def log_likelihoods(squares: Tensor, variance: Tensor) -> Tensor:
@@ -118,12 +121,12 @@ def _negative_log_likelihood(centres: Tensor, fitted_to: Tensor, of: list[Tensor
     # From the nearest image, as published: a wider start ends in far less likely widths
     variance = (squares.amin(0) / dimension).clamp_min(_FLD_LEAST_VARIANCE)
     for _ in range(_FLD_STEPS):  # expectation maximization in closed form, the centres being fixed
-        mass, spread = torch.zeros_like(variance), torch.zeros_like(variance)
+        mass, squared = torch.zeros_like(variance), torch.zeros_like(variance)
         for part in squares.split(_ROWS):
             share = log_likelihoods(part, variance).softmax(1)
             mass += share.sum(0)
-            spread += (share * part).sum(0)
-        fitted = spread / (dimension * mass).clamp_min(1e-30)
+            squared += (share * part).sum(0)
+        fitted = squared / (dimension * mass).clamp_min(1e-30)
         variance = torch.where(mass > 1e-6, fitted, variance).clamp_min(_FLD_LEAST_VARIANCE)
     found = ([log_likelihoods(squared_distances(part), variance).logsumexp(1) for part in x.split(_ROWS)] for x in of)
     return [-torch.cat(parts).mean().item() / dimension for parts in found]

@@ -1,4 +1,4 @@
-"""One pass over images: everything the figures need to know of each, so that the images themselves are not kept."""
+"""Measurements of images, one by one: all that the metrics need, so that the images themselves are not kept."""
 
 import functools
 import hashlib
@@ -14,31 +14,32 @@ from tqdm import tqdm
 
 import distributed
 from dataset import NpyDataset
-from evaluate import physics
-from evaluate.lens_fit import fit_smooth_lens, fits
 from files import whole
+from metrics import physics
 from models.classifier import classify
+from simulate.recipes import pixel_scale_of, recipe_of
 
 Measured = dict[str, Tensor]  # name -> (n, ...), row i of each belonging to image i
 
 
 @dataclass
 class Sample:
-    """Images of a dataset, class by class, with what was measured of them."""
+    """Images of a dataset, class by class, with their measurements and scores."""
 
     name: str
     dataset: NpyDataset
     index: Tensor  # into the dataset
     measured: Measured
-    source: dict[str, Any] = field(default_factory=dict)  # what made them
-    figures: dict[str, Any] = field(default_factory=dict)  # their scores
+    source: dict[str, Any] = field(default_factory=dict)  # how they were made
+    metrics: dict[str, Any] = field(default_factory=dict)  # their scores, see ``Reference.score``
 
     def read(self, index: Tensor) -> Tensor:
-        """Images (n, 1, 64, 64) of indices into the sample."""
+        """Images (n, c, s, s) of indices into the sample."""
         return self.dataset.read(self.index[index])
 
 
-_VERSION = 2  # of the cache; change it when what is measured changes
+_THUMBNAIL = 32  # pixels on a side
+_VERSION = 3  # of the cache; change it when what is measured changes
 
 
 @torch.no_grad()
@@ -48,35 +49,34 @@ def measure(
     """Measures the images of a dataset that ``index`` (n,) names.
 
     Returns:
-        label (n,); features (n, 512) and probabilities (n, 3) of the lens classifier; inception (n, 2048), if there is
-        that network; profile and spectrum (n, 32); every number of ``physics.describe``; source_xy (n, 2), explained,
-        lens_residual (RMS over peak) and residual_* (RMS in a band) of the smooth lens that fits best; thumbnail
-        (n, 1024), the image at half its resolution.
+        label (n,); features (n, 512) and probabilities (n, classes) of the lens classifier; inception (n, 2048), if
+        there is that network; profile and spectrum (n, s // 2); every number of ``physics.describe``; thumbnail, see
+        ``thumbnails_of``; and for images of a recipe source_xy (n, 2), explained, lens_residual (RMS over peak) and
+        residual_* (RMS in a band) of the smooth lens that fits best.
     """
+    has_recipe = recipe_of(dataset.classes, dataset.image_shape) is not None
+    pixel_scale, _ = pixel_scale_of(dataset.classes, dataset.image_shape)
     batches = -(-len(index) // batch_size)
     bar = tqdm(total=batches // distributed.size(), desc="measuring", unit="batch", leave=False)
 
     def measure_part(part: Tensor) -> Measured:
         images = dataset.read(index[part])
         probabilities, features = classify(classifier, images, batch_size, show_progress=False)
-        xy, residual = fit_smooth_lens(images)
-        of_residual = physics.band_power(physics.power_spectrum(residual))
         row = {
             "label": dataset.labels[index[part]],
             "features": features,
             "probabilities": probabilities,
             "profile": physics.radial_profile(images),
             "spectrum": physics.power_spectrum(images),
-            "source_xy": xy,
-            "explained": fits(images, residual),
-            "lens_residual": residual.square().mean((1, 2, 3)).sqrt(),
-            "thumbnail": F.avg_pool2d(images, 2).flatten(1),
-            **{f"residual_{band}": power.sqrt() for band, power in of_residual.items()},
-            **physics.describe(images),
+            "thumbnail": thumbnails_of(images),
+            **physics.describe(images, pixel_scale),
         }
+        if has_recipe:
+            row |= _lens_equation(images)
         if inception is not None:
             device = next(inception.parameters()).device
-            row["inception"] = inception((255 * images).byte().expand(-1, 3, -1, -1).to(device)).cpu()
+            rgb = images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+            row["inception"] = inception((255 * rgb).byte().to(device)).cpu()
         bar.update()
         return row
 
@@ -84,8 +84,21 @@ def measure(
         return _in_parts(measure_part, len(index), batch_size)
 
 
+def _lens_equation(images: Tensor) -> Measured:
+    from metrics.lens_equation import fit_smooth_lens, fits  # here: lenstronomy is slow to import
+
+    xy, residual = fit_smooth_lens(images)
+    power = physics.band_power(physics.power_spectrum(residual))
+    return {
+        "source_xy": xy,
+        "explained": fits(images, residual),
+        "lens_residual": residual.square().mean((1, 2, 3)).sqrt(),
+        **{f"residual_{band}": of_band.sqrt() for band, of_band in power.items()},
+    }
+
+
 def _in_parts(work: Callable[[Tensor], Measured], n: int, batch_size: int) -> Measured:
-    """What ``work`` says of parts of 0, 1, ... n - 1, as rows 0 to n - 1; every process does some and gets all."""
+    """Results of ``work`` on batches of 0, 1, ... n - 1, as rows 0 to n - 1; every process does some and gets all."""
     found: Measured = {}
 
     def fill(part: Tensor) -> None:
@@ -103,7 +116,7 @@ def measure_cached(
     name: str, dataset: NpyDataset, index: Tensor, classifier: nn.Module, inception: nn.Module | None, batch_size: int
 ) -> Measured:
     """``measure``, kept in the dataset's cache under a name until its files, ``index`` or a network change."""
-    state = hashlib.sha256(repr((_VERSION, dataset.fingerprint, index.tolist())).encode())
+    state = hashlib.sha256(repr((_VERSION, dataset.fingerprint, dataset.classes, index.tolist())).encode())
     for network in filter(None, (classifier, inception)):
         for weights in network.state_dict().values():
             state.update(weights.cpu().numpy().tobytes())
@@ -130,14 +143,19 @@ def measure_cached(
     return measured
 
 
+def thumbnails_of(images: Tensor) -> Tensor:
+    """Images (n, c, s, s) at a lower resolution, (n, numbers): 32 pixels on a side, or up to 63 where that is no factor
+    of s."""
+    return F.avg_pool2d(images, max(1, images.shape[-1] // _THUMBNAIL)).flatten(1)
+
+
 def thumbnails(dataset: NpyDataset, batch_size: int = 1024) -> Tensor:
-    """Every image of a dataset at half its resolution, (n, 1024)."""
-    parts = torch.arange(len(dataset)).split(batch_size)
-    return torch.cat([F.avg_pool2d(dataset.read(part), 2).flatten(1) for part in parts])
+    """Thumbnails of every image of a dataset."""
+    return torch.cat([thumbnails_of(dataset.read(part)) for part in torch.arange(len(dataset)).split(batch_size)])
 
 
 def find_nearest(measured: Measured, training: Tensor) -> None:
-    """Adds to a measurement the distance (RMS over peak) to the nearest of the training thumbnails, and its index."""
+    """Adds to a measurement the distance (RMS over peak) to the nearest of the training thumbnails, and its number."""
     thumbnail = measured["thumbnail"]
 
     def nearest(part: Tensor) -> Measured:

@@ -1,0 +1,1 @@
+import nanodit_path  # noqa: F401

@@ -1,0 +1,274 @@
+"""Every metric of the evaluation: of one sample of images against another of the same size, and beside its floor.
+
+A metric is a function with the decorator ``metric`` below, or a number of each image in ``physics.describe``: that is
+all it takes to be in the tables and the report.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import t as student_t
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import distributed
+from dataset import NpyDataset, some_of_each_class
+from metrics import distances, physics
+from metrics.measure import Measured, Sample, find_nearest, measure, measure_cached, select, thumbnails
+from metrics.two_sample import HELD_OUT, c2st
+from settings import InputError
+from simulate.recipes import pixel_scale_of
+
+COPY_QUANTILE = 0.05  # a copy is nearer to a training image than all but this share of the test images
+SHARES = {"copy_share", "two_sample_accuracy", "class_accuracy"}  # printed as percentages
+DISTANCES = {"fid_inception", "frechet_lens"}  # shown also as a ratio to the floor
+TITLES: dict[str, str] = {}  # name of a metric in report.json -> for people; ``titles_of`` has all
+ROUNDING = 1e-5  # of residuals in float32, where the lens equation is obeyed exactly
+
+_Comparison = Callable[[Measured, Measured, Measured], dict[str, float]]
+_COMPARISONS: list[_Comparison] = []
+_OfSubsets = dict[str, dict[str, float]]  # subset -> metric -> value
+
+
+def metric(**titles: str) -> Callable[[_Comparison], _Comparison]:
+    """Decorator for a function of real, other and training measurements that returns the metrics titled here, or none
+    where it lacks what they need."""
+
+    def register(function: _Comparison) -> _Comparison:
+        TITLES.update(titles)
+        _COMPARISONS.append(function)
+        return function
+
+    return register
+
+
+@metric(fid_inception="FID, Inception")
+def _fid(real: Measured, other: Measured, train: Measured) -> dict[str, float]:
+    features = [sample["inception"] for sample in (real, other) if "inception" in sample]
+    return {"fid_inception": distances.frechet_distance(*features)} if features else {}
+
+
+@metric(
+    frechet_lens="Fréchet distance, lens features",
+    kid_lens="KID, lens features",
+    precision="Precision (sharp enough?)",
+    recall="Recall (broad enough?)",
+    density="Density",
+    coverage="Coverage",
+    fld="FLD, feature likelihood divergence",
+    fld_gap="FLD gap, far below 0 if memorized",
+)
+def _lens_features(real: Measured, other: Measured, train: Measured) -> dict[str, float]:
+    of_real, of_other, of_train = (sample["features"] for sample in (real, other, train))
+    found = {"frechet_lens": distances.frechet_distance(of_real, of_other)}
+    found["kid_lens"], found["kid_lens standard_error"] = distances.kernel_distance(of_real, of_other)
+    found["fld"], found["fld_gap"] = distances.feature_likelihood_divergence(of_train, of_real, of_other)
+    return found | distances.precision_recall_density_coverage(of_real, of_other)
+
+
+@metric(copy_share="Share of copies of training images")
+def _copies(real: Measured, other: Measured, train: Measured) -> dict[str, float]:
+    near = torch.quantile(real["train_distance"], COPY_QUANTILE)
+    return {"copy_share": (other["train_distance"] < near).double().mean().item()}
+
+
+TITLES["two_sample_accuracy"] = "C2ST, accuracy against real"  # needs the images themselves: see ``Reference.score``
+
+
+@metric(class_accuracy="Classifier accuracy, generated")
+def _accuracy(real: Measured, other: Measured, train: Measured) -> dict[str, float]:
+    return {"class_accuracy": (other["probabilities"].argmax(1) == other["label"]).double().mean().item()}
+
+
+def titles_of(dataset: NpyDataset) -> dict[str, str]:
+    """Titles of all metrics of the images of a dataset; some may have no value, as FID without its network."""
+    size, (_, unit) = dataset.image_shape[-1], pixel_scale_of(dataset.classes, dataset.image_shape)
+    bands = physics.bands(size).items()
+    residuals = {f"residual_{band}": f"Lens residual, {low}-{high} cycles, W1" for band, (low, high) in bands}
+    return TITLES | {"lens_residual": "Residual of the lens equation, W1"} | physics.titles(size, unit) | residuals
+
+
+def compare(real: Measured, other: Measured, train: Measured, titles: dict[str, str]) -> dict[str, float]:
+    """Every metric of two samples of one size but the C2ST; numbers of each image by their Wasserstein distance."""
+    numbers = [name for name in titles if name in real]
+    found = {name: distances.wasserstein(real[name], other[name], physics.PERIODS.get(name)) for name in numbers}
+    for comparison in _COMPARISONS:
+        found |= comparison(real, other, train)
+    return found
+
+
+def subsets_of(dataset: NpyDataset) -> tuple[str, ...]:
+    """Names of the subsets that metrics are of: all images, then each class."""
+    return ("overall", *dataset.classes)
+
+
+def masks(labels: Tensor, classes: Sequence[str]) -> dict[str, Tensor]:
+    """Membership of the images in each subset, (n,) bool."""
+    return {"overall": labels >= 0} | {name: labels == label for label, name in enumerate(classes)}
+
+
+def fewest(dataset: NpyDataset) -> int:
+    """Number of images of the class that has the fewest."""
+    return min(dataset.counts().values())
+
+
+def half_size(test: NpyDataset, most: int) -> int:
+    """Images of a class in each of two halves of the test images, ``most`` or fewer.
+
+    Raises:
+        InputError: for fewer than the 3 that a metric takes.
+    """
+    count = min(most, fewest(test) // 2)
+    if count < 3:
+        raise InputError(f"{test.root_dir}: fewer than 6 test images of a class, or --images_per_class below 3")
+    return count
+
+
+def halves(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of two disjoint random sets, each with ``count`` images of every class, class by class."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = [], []
+    for label in labels.unique():
+        of_class = torch.nonzero(labels == label).flatten()
+        order = of_class[torch.randperm(len(of_class), generator=generator)]
+        first.append(order[:count])
+        second.append(order[count : 2 * count])
+    return torch.cat(first), torch.cat(second)
+
+
+def check_match(data: NpyDataset, others: dict[str, Any]) -> None:
+    """Raises InputError unless generators, classifiers and folders, by their paths, are of images like the data."""
+    for path, other in others.items():
+        shape = getattr(other, "image_shape", None) or (other.channels, *data.image_shape[1:])
+        for ours, theirs in zip(_words(data.classes, data.image_shape), _words(other.classes, shape), strict=True):
+            if ours != theirs:
+                raise InputError(f"{path} is of {theirs}, but {data.root_dir} of {ours}: they do not go together", 2)
+
+
+def _words(classes: Sequence[str], shape: Sequence[int]) -> tuple[str, str]:
+    channels, height, width = shape
+    return f"the classes {', '.join(classes)}", f"images of {height}x{width} pixels in {channels} channel(s)"
+
+
+class Reference:
+    """The real images that others are scored against, measured once.
+
+    Args:
+        test: the reference images; twice ``count`` of each class, chosen at random, are used, for halves without a
+            common image.
+        train: the training images, among which copies are sought; ``count`` of each class enter the FLD.
+        count: images of a class in every metric, 3 or more.
+        classifier, inception: the networks that give features.
+        seed: of the choice of images.
+    """
+
+    def __init__(
+        self,
+        test: NpyDataset,
+        train: NpyDataset,
+        count: int,
+        classifier: nn.Module,
+        inception: nn.Module | None = None,
+        batch_size: int = 128,
+        seed: int = 0,
+    ):
+        self.count, self.networks = count, (classifier, inception, batch_size)
+        self.floors: dict[int, _OfSubsets] = {}  # of each seed of a split: the same for all that is scored
+        index = some_of_each_class(test.labels, 2 * count, seed)
+        self.sample = Sample("real", test, index, measure_cached("test", test, index, *self.networks))
+        index = some_of_each_class(train.labels, count, seed)
+        self.train = train
+        self.train_measured = measure_cached("train", train, index, classifier, None, batch_size)
+        self.train_thumbnails = thumbnails(train)
+        find_nearest(self.sample.measured, self.train_thumbnails)
+
+    def score(self, name: str, dataset: NpyDataset, splits: int, seed: int) -> Sample:
+        """Every metric of a dataset's images against the real ones, beside its floor, over random splits.
+
+        Each split takes two sets of real images without a common one, A and B. The value is the mean of the metric of
+        the dataset against A, the floor that of B against A.
+
+        Returns:
+            The measured sample; its ``metrics`` are: metric -> "overall" or class -> value, value_std, floor and
+            floor_std, None where it does not apply.
+        """
+        index = some_of_each_class(dataset.labels, self.count, seed)
+        other = Sample(name, dataset, index, measure(dataset, index, *self.networks))
+        find_nearest(other.measured, self.train_thumbnails)
+        real = self.sample
+
+        def score_split(split: int) -> tuple[_OfSubsets, _OfSubsets]:
+            a, b = halves(real.measured["label"], self.count, seed + split)
+            if seed + split not in self.floors:
+                measured = select(real.measured, b)
+                self.floors[seed + split] = self._against(a, measured, lambda i: real.read(b[i]), seed + split)
+            values = self._against(a, other.measured, other.read, seed + split)
+            bar.update()
+            return values, self.floors[seed + split]
+
+        with tqdm(total=splits // distributed.size(), desc=f"scoring {name}", leave=False) as bar:
+            values, floors = zip(*distributed.spread(score_split, range(splits)), strict=True)
+        for metric_name in titles_of(dataset):
+            other.metrics[metric_name] = {
+                subset: _summary(metric_name, subset, values, floors, self.count) for subset in values[0]
+            }
+        return other
+
+    def _against(self, half: Tensor, measured: Measured, read: Callable[[Tensor], Tensor], seed: int) -> _OfSubsets:
+        """Every metric of as many other images against a half of the real ones."""
+        data, labels, found = self.sample.dataset, measured["label"], {}
+        of_half, of_train = select(self.sample.measured, half), masks(self.train_measured["label"], data.classes)
+        for subset, mask in masks(labels, data.classes).items():
+            train = select(self.train_measured, of_train[subset])
+            found[subset] = compare(select(of_half, mask), select(measured, mask), train, titles_of(data))
+        right, of_class = c2st(lambda i: self.sample.read(half[i]), read, labels, seed)
+        for subset, mask in masks(of_class, data.classes).items():
+            found[subset]["two_sample_accuracy"] = right[mask].double().mean().item()
+        return found
+
+
+def apart(metric: dict[str, Any], splits: int) -> bool:
+    """Whether a metric lies farther from its floor than chance takes one in a thousand (Student's t)."""
+    if metric["value"] is None:
+        return False
+    limit = student_t.ppf(1 - 0.001 / 2, max(splits - 1, 1)) * math.hypot(metric["value_std"], metric["floor_std"])
+    return abs(metric["value"] - metric["floor"]) > max(limit, ROUNDING)
+
+
+def ratio(metric: dict[str, Any]) -> float:
+    """A metric over its floor."""
+    return metric["value"] / metric["floor"] if metric["floor"] else math.inf
+
+
+def number(name: str, value: float, digits: int = 3) -> str:
+    """A value of a metric as it is printed."""
+    return f"{value:.1%}" if name in SHARES else f"{value:.{digits}g}"
+
+
+def _summary(
+    name: str, subset: str, values: tuple[_OfSubsets, ...], floors: tuple[_OfSubsets, ...], count: int
+) -> dict[str, Any]:
+    """Mean and standard deviation of a metric over the splits."""
+    if name not in values[0][subset]:
+        return dict.fromkeys(("value", "value_std", "floor", "floor_std"))
+    of_value, of_floor = ([split[subset][name] for split in splits] for splits in (values, floors))
+    summary = {
+        "value": float(np.mean(of_value)),
+        "value_std": float(np.std(of_value, ddof=min(1, len(values) - 1))),
+        "floor": float(np.mean(of_floor)),
+        "floor_std": float(np.std(of_floor, ddof=min(1, len(values) - 1))),
+    }
+    if name == "kid_lens":
+        summary["standard_error"] = float(np.mean([split[subset]["kid_lens standard_error"] for split in values]))
+    images = count * (len(values[0]) - 1 if subset == "overall" else 1)
+    if name == "class_accuracy":
+        summary["interval"] = distances.wilson_interval(summary["value"], images)
+        summary["floor_interval"] = distances.wilson_interval(summary["floor"], images)
+        summary["difference"] = summary["value"] - summary["floor"]
+    if name == "two_sample_accuracy":  # of the held-out images of one split
+        classes = images // count
+        summary["interval"] = distances.wilson_interval(summary["value"], classes * 2 * round(HELD_OUT * count))
+    return summary

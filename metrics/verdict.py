@@ -1,0 +1,87 @@
+"""The verdict: how far generated images are from real ones by the five metrics that decide, in words and sentences."""
+
+from collections import Counter
+from typing import Any
+
+from metrics.measure import Sample
+from metrics.score import ROUNDING, SHARES, apart, number, titles_of
+
+WORDS = ("at the floor", "near", "off")
+FAR_RATIO, FAR_DIFFERENCE = 3, 0.05
+_SPLITS = 10  # by which "apart" is meant, however many there are: by few, nothing ever is
+RULE = (
+    "The floor is the same metric of real images against other real images, in the same numbers. A metric is apart "
+    "from its floor when it is over 4.8 standard deviations of the splits from it: by ten splits, chance takes it so "
+    f"far in one of 1,000 cases. It is far from its floor when a distance is over {FAR_RATIO} times the floor, or a "
+    f"share over {100 * FAR_DIFFERENCE:.0f} percentage points from it and the 95% intervals do not overlap. At the "
+    "floor: neither, or better than the floor. Near: one of the two. Off: both."
+)
+
+
+def words(sample: Sample) -> dict[str, dict[str, str]]:
+    """Each metric that decides, with a word for each subset."""
+    return {
+        name: {subset: word(name, metric) for subset, metric in sample.metrics[name].items()}
+        for name in _deciding(sample)
+    }
+
+
+def word(name: str, metric: dict[str, Any]) -> str:
+    """One of WORDS: for a metric that is neither ``apart`` nor far from its floor, or better; for one of the two; for
+    both. RULE says so to readers of the report."""
+    if name != "class_accuracy" and metric["value"] <= metric["floor"]:  # but images can be too easy to classify
+        return "at the floor"
+    is_apart, is_far = apart(metric, _SPLITS), _excess(name, metric) > 1
+    if is_apart and is_far:
+        return "off"
+    return "near" if is_apart or is_far else "at the floor"
+
+
+def sentences(sample: Sample) -> list[str]:
+    """Three sentences: how many of the metrics that decide are where, the one that is farthest off, and copies."""
+    found = words(sample)
+    count = len(sample.index) // len(sample.dataset.classes)
+    overall = Counter(of_subsets["overall"] for of_subsets in found.values())
+    counted = (f"{overall[w]} {'is' if overall[w] == 1 else 'are'} {w}" for w in WORDS if overall[w])
+    farther = [
+        (_excess(name, sample.metrics[name][subset]), name, subset)
+        for name, of_subsets in found.items()
+        for subset, of_subset in of_subsets.items()
+        if of_subset != "at the floor"
+    ]
+    farthest = "None of them tells these images from real ones, neither overall nor in any class."
+    if farther:
+        _, name, subset = max(farther)
+        metric, where = sample.metrics[name][subset], "overall" if subset == "overall" else f"for {subset}"
+        farthest = (
+            f'Farthest from its floor is "{titles_of(sample.dataset)[name]}" {where}: {number(name, metric["value"])}, '
+            f"where real images have {number(name, metric['floor'])}."
+        )
+    share = sample.metrics["copy_share"]["overall"]
+    seen = "No sign of copies" if found["copy_share"]["overall"] == "at the floor" else "Signs of copies"
+    return [
+        f"Of the five metrics that decide, {', '.join(counted)} ({count} images a class).",
+        farthest,
+        f"{seen}: {share['value']:.1%} of the images, and {share['floor']:.1%} of real test images, are as near to a "
+        "training image as a copy would be.",
+    ]
+
+
+def _deciding(sample: Sample) -> list[str]:
+    """Distance in lens features, C2ST, classifier, copies, and the lens equation or else the smallest scales."""
+    physical = "lens_residual"
+    if sample.metrics[physical]["overall"]["value"] is None:
+        physical = [name for name in sample.metrics if name.startswith("power_")][-1]
+    return ["frechet_lens", "two_sample_accuracy", "class_accuracy", "copy_share", physical]
+
+
+def _excess(name: str, metric: dict[str, Any]) -> float:
+    """How far a metric is from its floor; above 1 is far, 0 is what so few images cannot tell from it."""
+    value, floor = metric["value"], metric["floor"]
+    if name not in SHARES:
+        return value / max(floor, ROUNDING) / FAR_RATIO
+    (low, high), (floor_low, floor_high) = (
+        metric.get("interval", [value] * 2),
+        metric.get("floor_interval", [floor] * 2),
+    )
+    return 0.0 if low <= floor_high and floor_low <= high else abs(value - floor) / FAR_DIFFERENCE
