@@ -1,12 +1,14 @@
 """What several tests share: a small simulated data set, a small trained generator and a small trained classifier."""
 
 import csv
+import os
 import runpy
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
@@ -23,20 +25,42 @@ def run_script(script: str, *flags: str) -> dict:
         sys.argv = old
 
 
+def save_nothing(figure: object, path: Path) -> None:
+    """Stands for ``plots.save`` where no test looks at the picture."""
+    from files import whole
+
+    with whole(path):
+        pass
+
+
 @pytest.fixture(scope="session")
-def lens_data(tmp_path_factory) -> Path:
+def shared(tmp_path_factory):
+    """Runs a script that fills a folder of a name, once for all processes of pytest; returns the folder."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def fill(name, script, *flags) -> Path:
+        with FileLock(base / f"{name}.lock"):
+            if not (base / f"{name}.done").exists():
+                run_script(script, *flags, base / name)
+                (base / f"{name}.done").touch()
+        return base / name
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def lens_data(shared) -> Path:
     """48 simulated images of each class."""
-    folder = tmp_path_factory.mktemp("lenses")
-    run_script("simulate/simulate_lenses.py", "--data_dir", folder, "--num_per_class", "48", "--num_workers", "1")
-    return folder
+    flags = ["--num_per_class", 48, "--num_workers", 1, "--data_dir"]
+    return shared("lenses", "simulate/simulate_lenses.py", *flags)
 
 
 @pytest.fixture(scope="session")
-def generator_run(lens_data, tmp_path_factory) -> Path:
+def generator_run(lens_data, shared) -> Path:
     """OUTPUT_DIR of a short training run of a tiny network."""
-    folder = tmp_path_factory.mktemp("run") / "diffusion_training"
-    run_script("train/train_diffusion.py", *TINY_TRAINING, "--data_dir", lens_data, "--output_dir", folder)
-    return folder
+    flags = [*TINY_TRAINING, "--data_dir", lens_data, "--output_dir"]
+    return shared("diffusion_training", "train/train_diffusion.py", *flags)
 
 
 @pytest.fixture(scope="session")
@@ -45,12 +69,10 @@ def checkpoint(generator_run) -> Path:
 
 
 @pytest.fixture(scope="session")
-def classifier_run(lens_data, tmp_path_factory) -> Path:
+def classifier_run(lens_data, shared) -> Path:
     """OUTPUT_DIR of a short training run of the classifier."""
-    folder = tmp_path_factory.mktemp("run") / "classifier_training_resnet18"
-    flags = ["--image_size", 32, "--batch_size", 16, "--epochs", 2, "--pretrained", "false"]
-    run_script("train/train_classifier.py", *flags, "--data_dir", lens_data, "--output_dir", folder)
-    return folder
+    flags = ["--image_size", 32, "--batch_size", 16, "--epochs", 2, "--pretrained", "false", "--data_dir", lens_data]
+    return shared("classifier_training_resnet18", "train/train_classifier.py", *flags, "--output_dir")
 
 
 @pytest.fixture(scope="session")
@@ -61,21 +83,32 @@ def classifier(classifier_run) -> Path:
 @pytest.fixture
 def data_copy(lens_data, tmp_path) -> Path:
     """A copy of the simulated images that a test may change."""
-    return Path(shutil.copytree(lens_data, tmp_path / "data", ignore=shutil.ignore_patterns(".lens_cache*")))
+    return Path(shutil.copytree(lens_data, tmp_path / "data", ignore=shutil.ignore_patterns(".*")))
 
 
 @pytest.fixture
-def train(monkeypatch, lens_data, tmp_path):
-    """Runs main() of train_diffusion with the tiny settings, in this process, and returns its OUTPUT_DIR."""
+def undrawn(monkeypatch):
+    """Pictures are files without content: drawing them would take most of the time of a tiny training."""
+    monkeypatch.setattr("plots.save", save_nothing)
+
+
+@pytest.fixture
+def train(monkeypatch, lens_data, tmp_path, undrawn):
+    """Runs main() of train_diffusion with the tiny settings, in this process, and returns its OUTPUT_DIR.
+
+    Its pictures are not drawn; those of ``generator_run`` are.
+    """
     import files
     import settings
     from train import train_diffusion
 
+    as_written = vars(train_diffusion).copy()
+
     def run(output=tmp_path / "run", **constants):
-        script = vars(train_diffusion).copy()
+        script = as_written.copy()
         flags = [*map(str, TINY_TRAINING), "--data_dir", str(lens_data), "--output_dir", str(output)]
         settings.from_flags(script, flags)
-        for name, value in ({k: v for k, v in script.items() if k.isupper()} | constants).items():
+        for name, value in (settings.constants(script) | constants).items():
             monkeypatch.setattr(train_diffusion, name, value)
         try:
             train_diffusion.main()

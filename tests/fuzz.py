@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from kill_training import same
 
 import settings
 from dataset import read_image
-from models.checkpoint import build_generator, load_checkpoint, save_checkpoint, save_weights
-from models.model import NanoDiT
+from models.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from models.generator import build_generator, build_untrained
 
 CASES = 10_000  # Damaged files; a third each .npy, .pt and .safetensors
 SEED = 0  # Of the damage
@@ -32,19 +33,26 @@ _SECONDS = 20  # a file that takes longer hangs
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        model = NanoDiT(patch_size=16, hidden_size=16, depth=1, num_heads=2)
         checkpoint = Path(folder) / "whole.pt"
-        save_checkpoint(checkpoint, model_state_dict=model.state_dict(), model_config=model.config, epoch=1)
+        save_checkpoint(checkpoint, epoch=1, **content_of(("axion", "cdm", "no_sub"), (1, 64, 64)))
         images = sorted((ROOT / "tests" / "data" / "published_format").rglob("*.npy"))
         grown = fuzz(CASES, images, checkpoint, Path(folder), SEED)
     print(f"{CASES} damaged files: each was refused in a line or read right; memory grew by {grown / 1e6:.0f} MB")
+
+
+def content_of(classes: tuple[str, ...], image_shape: tuple[int, ...], **changes: Any) -> dict[str, Any]:
+    """A checkpoint of a tiny untrained generator."""
+    sizes = {"hidden_size": 16, "depth": 1, "num_heads": 2} | changes
+    generator = build_untrained("NanoDiT-S/16", classes, image_shape, **sizes)
+    return {"model_state_dict": generator.network.state_dict(), "sampler": {}, **generator.description()}
 
 
 def fuzz(cases: int, images: list[Path], checkpoint: Path, folder: Path, seed: int) -> float:
     """Growth of memory in bytes while damaged files are loaded; fails at the first that hangs or is read wrongly."""
     content = load_checkpoint(checkpoint)
     weights = folder / "whole.safetensors"
-    save_weights(weights, content["model_state_dict"], model_config=content["model_config"])
+    told = ("network", "model_config", "prediction", "classes", "image_shape", "sampler")
+    save_weights(weights, content["model_state_dict"], **{name: content[name] for name in told})
     right = {checkpoint: content, weights: load_checkpoint(weights)}
     sources = [images, [checkpoint], [weights]]
     random = np.random.default_rng(seed)

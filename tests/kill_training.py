@@ -40,7 +40,7 @@ _FLAGS = {
     "diffusion": "--patch_size 16 --latent_dim 32 --model_depth 2 --model_heads 2 --prediction image --batch_size 16 "
     "--epochs 2 --warmup_epochs 0.5 --learning_rate 2e-3 --num_ode_steps 2 --ema_beta 0.9 --ema_update_every 1 "
     "--sample_interval 2 --num_samples_per_class 2 --checkpoint_save_interval 1 --checkpoint_save_minutes 0.0005",
-    "classifier": "--image_size 32 --batch_size 32 --epochs 2 --pretrained false --checkpoint_save_minutes 0.0005",
+    "classifier": "--image_size 8 --batch_size 54 --epochs 2 --pretrained false --checkpoint_save_minutes 0.0005",
 }
 _FINAL = {
     "diffusion": "dit_conditional_ckpts/dit_conditional_final.pt",
@@ -58,9 +58,7 @@ def main() -> None:
 
 def kill_and_compare(training: str, data: Path, folder: Path, kills: int, seed: int) -> list[bool]:
     """Whether each kill struck while a checkpoint was being written; fails at the first end that differs."""
-    context = multiprocessing.get_context("forkserver")  # imports torch once: a start takes no time
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    context.set_forkserver_preload(["train.train_diffusion", "train.train_classifier"])
+    context = forkserver()
 
     def start(output: Path, slow_disk: bool = False) -> multiprocessing.Process:
         flags = [*_FLAGS[training].split(), "--data_dir", str(data), "--output_dir", str(output)]
@@ -98,6 +96,14 @@ def kill_and_compare(training: str, data: Path, folder: Path, kills: int, seed: 
     return writing
 
 
+def forkserver() -> multiprocessing.context.BaseContext:
+    """Starts processes that have imported nearly all they need, so that a start takes no time."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "train.train_diffusion", "train.train_classifier"])
+    return context
+
+
 def train(module: str, flags: list[str], slow_disk: bool = False) -> None:
     """What the killed process does."""
     if slow_disk:
@@ -112,17 +118,17 @@ def train(module: str, flags: list[str], slow_disk: bool = False) -> None:
 
 
 def train_and_watch(module: str, flags: list[str], sender: Connection) -> None:
-    """Trains, and sends memory and open files after 200 steps and at the end."""
+    """Trains, and sends memory and open files after 1000 steps and at the end."""
     watched = []
-    original = flow.velocity_loss
+    original = flow.objective
 
-    def count(*args):
+    def count(*args, **options):
         watched.append(None)
-        if len(watched) == 200:
-            sender.send(usage(200))
-        return original(*args)
+        if len(watched) == 1000:
+            sender.send(usage(1000))
+        return original(*args, **options)
 
-    flow.velocity_loss = count
+    flow.objective = count
     train(module, flags)
     sender.send(usage(len(watched)))
 

@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataset import CLASSES, NpyDataset, diffusion_transforms, epoch_batches
+from dataset import NpyDataset, diffusion_transforms, epoch_batches
 
+CLASSES = ("axion", "cdm", "no_sub")
 FILES = 15000
 
 
 class PlainDataset(Dataset):
-    """What the published code does: one np.load an image, every epoch."""
+    """The published way: one np.load an image, every epoch."""
 
     to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
 

@@ -9,13 +9,21 @@ import torch
 from conftest import ROOT
 from ema_pytorch import EMA
 
-from evaluate.evaluate_fld import load_model
-from models.checkpoint import build_generator, load_checkpoint, progress, save_checkpoint
+from models import flow
+from models.checkpoint import load_checkpoint, progress, save_checkpoint
 from models.classifier import build_classifier, load_classifier
-from models.model import SIZES, NanoDiT
+from models.generator import Generator, build_generator, build_untrained, load_model
 from settings import InputError
 
+LENSES = ("axion", "cdm", "no_sub")
 TINY = {"patch_size": 16, "hidden_size": 16, "depth": 1, "num_heads": 2}
+
+
+def tiny(**changes) -> Generator:
+    """A random generator of lenses."""
+    model = build_untrained("NanoDiT-S/16", LENSES, (1, 64, 64), **TINY | changes)
+    randomized(model.network)
+    return model.eval()
 
 
 def randomized(model):
@@ -32,18 +40,17 @@ def velocity_of(model):
 
 def test_a_generator_is_its_ema_weights(tmp_path):
     torch.manual_seed(0)
-    model = randomized(NanoDiT(**TINY, prediction="image"))
-    ema = EMA(model, include_online_model=False)
-    expected = velocity_of(ema.ema_model)
-    randomized(model)
+    model = tiny()
+    ema = EMA(model.network, include_online_model=False)
+    expected = velocity_of(model.with_network(ema.ema_model))
+    randomized(model.network)
     path = tmp_path / "new" / "c.pt"
-    save_checkpoint(
-        path, model_state_dict=model.state_dict(), ema_state_dict=ema.state_dict(), model_config=model.config
-    )
+    weights = {"model_state_dict": model.network.state_dict(), "ema_state_dict": ema.state_dict()}
+    save_checkpoint(path, **weights, **model.description(), sampler={})
     loaded = build_generator(load_checkpoint(path), path)
     torch.testing.assert_close(velocity_of(loaded), expected)
     assert not torch.allclose(velocity_of(loaded), velocity_of(model))
-    assert not loaded.training
+    assert not load_model(path, "cpu").training
     assert [file.name for file in path.parent.iterdir()] == ["c.pt"]
 
 
@@ -51,10 +58,10 @@ def test_a_generator_is_its_ema_weights(tmp_path):
 def published(tmp_path_factory):
     """A checkpoint as the published code writes it: no configuration, NumPy scalars among the numbers."""
     torch.manual_seed(0)
-    model = randomized(NanoDiT(**SIZES["NanoDiT-B/2"], gelu="none"))
-    ema = EMA(model, include_online_model=False)
+    model = build_untrained("NanoDiT-B/2", LENSES, (1, 64, 64), gelu="none")
+    ema = EMA(randomized(model.network), include_online_model=False)
     content = {
-        "model_state_dict": NanoDiT().state_dict(),
+        "model_state_dict": {name: torch.zeros_like(value) for name, value in model.network.state_dict().items()},
         "ema_state_dict": ema.state_dict(),
         "scheduler_state_dict": {"_last_lr": [np.float64(1e-4)], "last_epoch": 3},
         "epoch": 69,
@@ -72,6 +79,8 @@ def test_published_checkpoints_load(published):
     assert content["epoch"] == 69
     assert content["loss"] == 0.01
     loaded = build_generator(content, path)
+    assert (loaded.classes, loaded.image_shape, loaded.prediction) == (LENSES, (1, 64, 64), "velocity")
+    assert loaded.sampler == flow.Sampler(50, 5.0, "euler", "uniform")
     assert sum(p.numel() for p in loaded.parameters()) == 29_808_132
     z, t, y = torch.randn(1, 1, 64, 64), torch.tensor([0.5]), torch.tensor([1])
     with torch.no_grad():
@@ -128,42 +137,48 @@ def test_what_is_no_checkpoint_is_named(tmp_path, checkpoint, classifier):
         load_classifier(checkpoint)
 
 
+@pytest.fixture(scope="module")
+def resnet():
+    """An untrained classifier of images of 32 pixels."""
+    return build_classifier(32, LENSES)
+
+
 @pytest.mark.parametrize(
     "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
 )
-def test_weights_saved_by_a_compiled_or_data_parallel_module_load(tmp_path, prefix):
+def test_weights_saved_by_a_compiled_or_data_parallel_module_load(tmp_path, prefix, resnet):
     torch.manual_seed(0)
-    model = randomized(NanoDiT(**TINY))
-    named = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    model = tiny()
+    named = {f"{prefix}{name}": value for name, value in model.network.state_dict().items()}
     blocks = {name.replace("blocks.0.", "blocks.0._orig_mod."): value for name, value in named.items()}
     for weights in (named, blocks, {f"ema_model.{name}": value for name, value in named.items()}):
         is_ema = next(iter(weights)).startswith("ema_model")
-        content = {"model_state_dict": weights, "model_config": model.config}
+        content = {"model_state_dict": weights, **model.description(), "sampler": {}}
         loaded = build_generator(content | ({"ema_state_dict": weights} if is_ema else {}), "x")
         torch.testing.assert_close(velocity_of(loaded), velocity_of(model))
-    classifier = build_classifier(32)
-    weights = {f"{prefix}{name}": value for name, value in classifier.state_dict().items()}
+    weights = {f"{prefix}{name}": value for name, value in resnet.state_dict().items()}
     save_checkpoint(tmp_path / "c.pt", model_state_dict=weights, image_size=32)
-    assert torch.equal(load_classifier(tmp_path / "c.pt").conv1.weight, classifier.conv1.weight)
+    assert torch.equal(load_classifier(tmp_path / "c.pt").conv1.weight, resnet.conv1.weight)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["weights", "EMA", "classifier", "batch normalization"])
-def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, value, where):
-    model = build_classifier(32) if where in ("classifier", "batch normalization") else randomized(NanoDiT(**TINY))
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, value, where, resnet):
+    is_generator = where in ("weights", "EMA")
+    model = tiny() if is_generator else resnet
     names = {"classifier": "fc.bias", "batch normalization": "bn1.running_var"}
     name = names.get(where, "blocks.0.mlp.fc1.weight")
-    weights = model.state_dict()
+    weights = (model.network if is_generator else model).state_dict()
     bad = weights | {name: torch.full_like(weights[name], value)}
     content = {"model_state_dict": bad, "image_size": 32}
-    if where in ("weights", "EMA"):
+    if is_generator:
         ema = {
             "ema_state_dict": {f"ema_model.{key}": tensor for key, tensor in bad.items()},
             "model_state_dict": weights,
         }
-        content = (ema if where == "EMA" else {"model_state_dict": bad}) | {"model_config": model.config}
+        content = (ema if where == "EMA" else {"model_state_dict": bad}) | model.description() | {"sampler": {}}
     save_checkpoint(tmp_path / "c.pt", **content)
-    load = load_model if where in ("weights", "EMA") else load_classifier
+    load = load_model if is_generator else load_classifier
     with pytest.raises(InputError, match=rf"c\.pt: its weights {name} hold NaN or Inf"):
         load(tmp_path / "c.pt", "cpu")
 

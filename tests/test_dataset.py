@@ -6,22 +6,25 @@ import os
 import pickle
 import re
 import shutil
+import sys
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
 import torch
 from conftest import DATA
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import dataset
 from dataset import (
-    CLASSES,
     NpyDataset,
-    classifier_transforms,
+    are_classes,
     diffusion_transforms,
     epoch_batches,
+    find_classes,
+    is_class_name,
     load_parts,
     normalize,
     read_image,
@@ -30,7 +33,9 @@ from dataset import (
 )
 from settings import InputError
 
+CLASSES = ("axion", "cdm", "no_sub")
 IMAGE = np.random.default_rng(0).random((64, 64))
+FEW = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write(path, array, **kwargs):
@@ -61,9 +66,36 @@ def test_every_shape_and_numeric_type_gives_one_image_from_0_to_1(tmp_path, shap
     assert np.isnan(mass)
 
 
-def test_column_major_files_are_not_transposed(tmp_path):
-    image, _ = read_image(write(tmp_path / "x.npy", np.asfortranarray(IMAGE)))
-    np.testing.assert_allclose(image, normalize(IMAGE), atol=1e-6)
+@pytest.mark.parametrize("shape", [(64, 64), (4, 32, 32), (32, 32, 4)])
+def test_column_major_files_are_not_transposed(tmp_path, shape):
+    image, _ = read_image(write(tmp_path / "x.npy", np.asfortranarray(IMAGE.reshape(shape))))
+    np.testing.assert_allclose(image, normalize(IMAGE.reshape(shape)), atol=1e-6)
+
+
+@settings(FEW, max_examples=40)
+@given(
+    st.integers(8, 40),
+    st.integers(1, 16),
+    st.sampled_from(["(s, s)", "(c, s, s)", "(s, s, c)"]),
+    st.sampled_from(["f4", "f8", ">i2", "u2", "u1"]),
+    st.integers(0, 99),
+)
+@example(256, 3, "(s, s, c)", "f4", 0)
+@example(8, 8, "(c, s, s)", "f4", 0)
+@example(8, 16, "(s, s, c)", "f4", 0)
+def test_any_size_channels_and_order_of_axes_gives_the_same_image(tmp_path, size, channels, axes, dtype, seed):
+    """The colours are kept: all channels are scaled by one minimum and maximum."""
+    assume(axes != "(s, s, c)" or channels != size)  # then it is taken for (c, s, s)
+    channels = 1 if axes == "(s, s)" else channels
+    original = (250 * np.random.default_rng(seed).random((channels, size, size))).astype(dtype)
+    arrays = {"(s, s)": original[0], "(c, s, s)": original, "(s, s, c)": np.moveaxis(original, 0, -1)}
+    image, _ = read_image(write(tmp_path / "x.npy", arrays[axes]))
+    values = original.astype(float)
+    np.testing.assert_allclose(image, (values - values.min()) / np.ptp(values), atol=1e-6)
+    assert (image.min(), image.max(), image.dtype) == (0, 1, np.float32)
+    np.testing.assert_allclose(normalize(arrays[axes].astype(float)), image, atol=1e-6)
+    torch.testing.assert_close(normalize(image), torch.from_numpy(image))
+    torch.testing.assert_close(diffusion_transforms(image), torch.from_numpy(2 * image - 1))
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -149,7 +181,15 @@ BAD_FILES = {
     "damaged header": (b"\x93NUMPY\x01\x00\x76\x00{'descr': 'x", "damaged header"),
     "unknown version": (b"\x93NUMPY\x09\x00\x76\x00" + b" " * 200, "damaged header"),
     "wrong shape": (np.zeros((32, 64)), r"shape \(32, 64\)"),
-    "three channels": (np.zeros((3, 64, 64)), r"shape \(3, 64, 64\)"),
+    "17 channels": (np.zeros((17, 64, 64)), r"shape \(17, 64, 64\): .* with 16 channels at most"),
+    "17 channels behind": (np.zeros((64, 64, 17)), r"shape \(64, 64, 17\): .* with 16 channels at most"),
+    "no channel": (np.zeros((0, 64, 64)), r"shape \(0, 64, 64\)"),
+    "channels that are not square": (np.zeros((3, 32, 64)), r"shape \(3, 32, 64\): an image is square"),
+    "channels in the middle": (np.zeros((64, 3, 64)), r"shape \(64, 3, 64\): an image is square"),
+    "a batch of one": (np.zeros((1, 1, 64, 64)), r"shape \(1, 1, 64, 64\)"),
+    "too large": (np.zeros((257, 257)), r"shape \(257, 257\): an image is square, of 8 to 256 pixels"),
+    "too small": (np.zeros((7, 7)), r"shape \(7, 7\): an image is square, of 8 to 256 pixels"),
+    "one row": (np.zeros(64), r"shape \(64,\)"),
     "a scalar": (np.float64(3), r"shape \(\)"),
     "NaN": (np.where(IMAGE > 0.99, np.nan, IMAGE), "NaN or Inf"),
     "Inf": (np.where(IMAGE > 0.99, np.inf, IMAGE), "NaN or Inf"),
@@ -163,6 +203,8 @@ BAD_FILES = {
     "pair in a wrong shape": (object_array(IMAGE[:5], 1e-23), r"shape \(5, 64\)"),
     "pair of words": (object_array("image", "mass"), "not a pair"),
     "three objects": (object_array(IMAGE, 1e-23, 0), "not real numbers"),
+    "a pair of a large image": (object_array(np.zeros((3, 257, 257)), 1e-23), r"shape \(3, 257, 257\)"),
+    "a pair larger than any": (object_array(IMAGE, [0] * 2**22), "is larger than any pair"),
     "nested objects": (object_array(object_array(IMAGE, 1e-23), 1e-23), "not real numbers|not a pair|shape"),
     "pickle bomb": (object_array(Bomb(os.mkdir, "bombed"), 1e-23), "refused: its pickle asks for posix.mkdir|nt.mkdir"),
     "pickle bomb inside": (object_array(IMAGE, Bomb(eval, "open('bombed', 'w')")), "refused: .* builtins.eval"),
@@ -307,6 +349,7 @@ def test_damaged_bytes_give_an_image_or_an_input_error(tmp_path, data):
 def test_a_folder_gives_images_labels_and_masses():
     data = NpyDataset(DATA / "published_format", diffusion_transforms)
     assert data.classes == CLASSES
+    assert data.image_shape == (1, 64, 64)
     assert data.class_to_idx == {"axion": 0, "cdm": 1, "no_sub": 2}
     assert data.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert np.isfinite(data.axion_mass).tolist() == [True, True, False, False, False, False]
@@ -328,13 +371,179 @@ def test_all_bad_files_are_reported_at_once_before_anything_else(data_copy, caps
         NpyDataset(data_copy)
 
 
-def test_a_folder_without_the_three_classes_is_named(tmp_path):
-    with pytest.raises(InputError, match="no folder axion or cdm or no_sub"):
+def some_images(folder, classes, shape=(64, 64), count=3):
+    """A folder of random images of classes; the first three of a class are of the three splits."""
+    rng = np.random.default_rng(1)
+    for name in classes:
+        for i in (0, 2, 7, 1, 3, 4)[:count]:
+            write(folder / name / f"{i}.npy", rng.random(shape))
+    return folder
+
+
+def check_folder(folder, classes, shape, monkeypatch):
+    """Everything that a data set does holds for images of any classes and shape."""
+    first = NpyDataset(folder, diffusion_transforms)
+    assert first.classes == tuple(sorted(classes)) == find_classes(folder)
+    assert first.image_shape == first.images.shape[1:] == shape
+    for file, image, label in zip(first.files, first.images, first.labels.tolist(), strict=True):
+        assert file.startswith(f"{first.classes[label]}/")
+        torch.testing.assert_close(image, normalize(np.load(folder / file)))
+    assert list(first.counts()) == list(first.classes)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "read_image", lambda path: pytest.fail("read a file again"))
+        parts = load_parts(folder, "train", "val", "test")
+        second = NpyDataset(folder)
+    assert torch.equal(first.images, second.images)
+    assert (first.files, first.classes, first.identity) == (second.files, second.classes, second.identity)
+    assert sorted(file for part in parts for file in part.files) == first.files
+    assert len({first.identity, *(part.identity for part in parts)}) == 4
+    image, _ = first[0]
+    assert (image.min(), image.max(), tuple(image.shape)) == (-1, 1, shape)
+    (some,) = load_parts(folder, "train", classes=first.classes[:1])
+    assert some.classes == first.classes[:1]
+    assert set(some.labels.tolist()) == {0}
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("no", "sphere", "vort"),
+        (*CLASSES, "wdm"),
+        ("lenses",),
+        ("0", "1", "10", "2"),
+        ("cold dark matter", "-f", "a,b'\"c", "%s{0}\\n", "ünï🔭"),
+        (os.fsdecode(b"\xff\xe9"), "a" * 200),
+    ],
+)
+def test_classes_are_called_as_their_folders(tmp_path, monkeypatch, capsys, classes):
+    sys.stdout.reconfigure(errors="replace")  # as a script does
+    check_folder(some_images(tmp_path, classes), classes, (1, 64, 64), monkeypatch)
+    table = capsys.readouterr().out.splitlines()[:4]
+    assert len({len(line) for line in table}) == 1
+    if all(map(str.isprintable, classes)):
+        assert all(f" {name}" in table[0] for name in classes)
+
+
+@pytest.mark.parametrize(
+    ("of_file", "shape"),
+    [
+        ((32, 32), (1, 32, 32)),
+        ((1, 128, 128), (1, 128, 128)),
+        ((3, 64, 64), (3, 64, 64)),
+        ((64, 64, 3), (3, 64, 64)),
+        ((8, 8, 16), (16, 8, 8)),
+        ((16, 128, 128), (16, 128, 128)),
+        ((256, 256, 2), (2, 256, 256)),
+    ],
+)
+def test_size_and_channels_are_those_of_the_files(tmp_path, monkeypatch, of_file, shape):
+    check_folder(some_images(tmp_path, CLASSES, of_file), CLASSES, shape, monkeypatch)
+
+
+@FEW
+@given(st.data())
+def test_any_folder_of_images_comes_back(tmp_path_factory, data):
+    text = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=60)
+    name = (text | st.binary(min_size=1, max_size=99).map(os.fsdecode)).filter(is_class_name)
+    classes = data.draw(st.sets(name, min_size=1, max_size=4))
+    size, channels = data.draw(st.integers(8, 24)), data.draw(st.integers(1, 4))
+    folder = some_images(tmp_path_factory.mktemp("any"), classes, (channels, size, size), data.draw(st.integers(3, 6)))
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
+        check_folder(folder, classes, (channels, size, size), patch)
+
+
+NO_NAMES = ["", ".", "..", "../up", "/etc", "a/b", "a\0b", ".git", "__pycache__", "earlier_1", 3, None]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_what_no_class_is_called(name):
+    assert not is_class_name(name)
+
+
+def test_what_no_classes_are():
+    assert are_classes(list(CLASSES))
+    assert are_classes(("lenses",))
+    for names in ([], None, 3, "axion", {"axion": 0}, ["a", "b", "a"], ["a", ".."], ["a", 3], [["a"]], [{}]):
+        assert not are_classes(names)
+
+
+def test_folders_that_are_no_class(tmp_path):
+    some_images(tmp_path, CLASSES, count=1)
+    for name in (".git", "__pycache__", "earlier_1"):
+        write(tmp_path / name / "0.npy", IMAGE)
+    write(tmp_path / "notes.npy", IMAGE)
+    assert NpyDataset(tmp_path).classes == CLASSES
+    write(tmp_path / "earlier" / "0.npy", IMAGE)
+    assert NpyDataset(tmp_path).classes == ("axion", "cdm", "earlier", "no_sub")
+
+
+def test_classes_may_be_given_as_those_of_a_checkpoint(data_copy):
+    """In its order, and by name where one of them is not there."""
+    two = NpyDataset(data_copy, classes=("no_sub", "axion"))
+    assert two.counts() == {"no_sub": 48, "axion": 48}
+    assert all(file.startswith(two.classes[label]) for file, label in zip(two.files, two.labels.tolist(), strict=True))
+    for wanted in (("axion", "wdm"), ("wdm",)):
+        with pytest.raises(InputError, match=rf"{data_copy}: no folder wdm with \.npy files") as raised:
+            NpyDataset(data_copy, classes=wanted)
+        assert raised.value.status == 2
+        assert "\n" not in str(raised.value)
+
+
+OTHER_SHAPES = {
+    "another size": ((32, 32), r"has shape \(32, 32\), not \(64, 64\)"),
+    "three channels": ((3, 64, 64), r"has shape \(3, 64, 64\), not \(64, 64\)"),
+    "three channels behind": ((64, 64, 3), r"has shape \(3, 64, 64\), not \(64, 64\)"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_SHAPES)
+@pytest.mark.parametrize("few", ["first", "last"])
+def test_images_of_another_shape_than_most_are_bad_files(data_copy, capsys, kind, few):
+    """Reported together with the others, wherever they are."""
+    shape, complaint = OTHER_SHAPES[kind]
+    names = [f"{i}.npy" for i in range(48)][:4] if few == "first" else ["44.npy", "45.npy", "46.npy", "47.npy"]
+    folder = data_copy / ("axion" if few == "first" else "no_sub")
+    for name in names:
+        write(folder / name, np.random.default_rng(0).random(shape))
+    (data_copy / "cdm" / "1.npy").write_bytes(b"")
+    with pytest.raises(InputError, match=r"^5 bad files of 144") as raised:
+        NpyDataset(data_copy)
+    assert len(re.findall(complaint, str(raised.value))) == 4
+    assert "cdm/1.npy: is empty" in str(raised.value)
+    rest = NpyDataset(data_copy, on_bad_file="skip")
+    assert (len(rest), rest.image_shape) == (139, (1, 64, 64))
+
+
+def test_a_shape_that_is_not_that_of_most_images_but_of_the_first(tmp_path):
+    """The first file of all is one of few: those that most are like are the sound ones."""
+    some_images(tmp_path, ("a",), (3, 32, 32), 2)
+    some_images(tmp_path, ("b", "c"), (3, 16, 16), 2)
+    with pytest.raises(InputError, match=r"a/0\.npy: has shape \(3, 32, 32\), not \(3, 16, 16\)"):
+        NpyDataset(tmp_path)
+    rest = NpyDataset(tmp_path, on_bad_file="skip", on_missing_class="go_on")
+    assert rest.counts() == {"a": 0, "b": 2, "c": 2}
+
+
+def test_a_file_can_be_required_to_have_a_shape(tmp_path):
+    path = write(tmp_path / "x.npy", IMAGE)
+    np.testing.assert_array_equal(read_image(path, (1, 64, 64))[0], read_image(path)[0])
+    with pytest.raises(InputError, match=r"x\.npy: has shape \(64, 64\), not \(3, 32, 32\)"):
+        read_image(path, (3, 32, 32))
+
+
+def test_a_folder_without_classes_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere: no class folders with \.npy files, there is no such folder"):
         NpyDataset(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"no class folders with \.npy files, it is empty"):
+        NpyDataset(tmp_path)
+    (tmp_path / "image.fits").touch()
+    with pytest.raises(InputError, match=r"no class folders with \.npy files, it holds 1 \.fits file"):
+        NpyDataset(tmp_path)
     for name in CLASSES:
         (tmp_path / name).mkdir()
-    with pytest.raises(InputError, match=r"no \.npy files"):
+    with pytest.raises(InputError, match=r"no \.npy files") as raised:
         NpyDataset(tmp_path)
+    assert all(f"{tmp_path / name}: no .npy files in it" in str(raised.value) for name in CLASSES)
 
 
 def empty(folder):
@@ -357,6 +566,16 @@ def all_bad(folder):
         path.write_bytes(b"")
 
 
+def all_of_another_shape(folder):
+    for path in folder.glob("*.npy"):
+        write(path, IMAGE.reshape(4, 32, 32))
+
+
+def all_of_another_ending(folder):
+    for path in folder.glob("*.npy"):
+        path.rename(path.with_suffix(".fits"))
+
+
 def none_in_training(folder):
     empty(folder)
     for name in [f"{i}.npy" for i in range(99) if split_of(f"{i}.npy") == "val"][:3]:
@@ -364,16 +583,17 @@ def none_in_training(folder):
 
 
 CLASS_IS_NOT_THERE = {
-    no_folder: r"no folder axion with \.npy files",
-    empty: r"axion: no \.npy files in it$",
+    empty: r"axion: no \.npy files in it: add some, or move it away if it is no class$",
     one_folder_deeper: r"axion: no \.npy files in it, but in \S+axion/images: move them up",
     all_bad: "axion: all of its 48 files are bad",
-    none_in_training: "axion: none of its 3 images is in the part 'train'",
+    all_of_another_shape: "axion: all of its 48 files are bad",
+    all_of_another_ending: r"axion: no \.npy files in it: add some, or move it away if it is no class$",
+    none_in_training: "axion: none of its 3 images is in the split 'train'",
 }
 
 
 @pytest.mark.parametrize("done", CLASS_IS_NOT_THERE)
-def test_a_class_without_images_in_a_part_is_one_line_and_status_2(data_copy, capsys, done):
+def test_a_class_without_images_in_a_split_is_one_line_and_status_2(data_copy, capsys, done):
     done(data_copy / "axion")
     with pytest.raises(InputError, match=CLASS_IS_NOT_THERE[done]) as raised:
         load_parts(data_copy, "train", on_bad_file="skip")
@@ -385,6 +605,19 @@ def test_a_class_without_images_in_a_part_is_one_line_and_status_2(data_copy, ca
     assert set(train.labels.tolist()) == {1, 2}
 
 
+def test_a_class_without_a_folder_makes_another_data_set(data_copy):
+    """But not where the classes are given, as by a checkpoint."""
+    no_folder(data_copy / "axion")
+    (train,) = load_parts(data_copy, "train")
+    assert train.classes == ("cdm", "no_sub")
+    assert set(train.labels.tolist()) == {0, 1}
+    with pytest.raises(InputError, match=rf"^{data_copy}: no folder axion with \.npy files$") as raised:
+        load_parts(data_copy, "train", classes=CLASSES)
+    assert raised.value.status == 2
+    (train,) = load_parts(data_copy, "train", classes=CLASSES, on_missing_class="go_on")
+    assert set(train.labels.tolist()) == {1, 2}
+
+
 def test_images_deeper_in_a_class_folder_are_said_to_be_left_out(data_copy, capsys):
     write(data_copy / "cdm" / "more" / "0.npy", IMAGE)
     (data_copy / "axion" / "empty").mkdir()
@@ -392,7 +625,7 @@ def test_images_deeper_in_a_class_folder_are_said_to_be_left_out(data_copy, caps
     assert capsys.readouterr().out.startswith(f"{data_copy / 'cdm' / 'more'}: its images are left out")
 
 
-def test_the_images_of_each_class_and_part_are_counted(lens_data, capsys):
+def test_the_images_of_each_class_and_split_are_counted(lens_data, capsys):
     parts = dict(zip(("train", "val", "test"), load_parts(lens_data, "train", "val", "test"), strict=True))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == [str(lens_data), *CLASSES]
@@ -401,7 +634,7 @@ def test_the_images_of_each_class_and_part_are_counted(lens_data, capsys):
         assert sum(map(int, counts)) == len(parts[name])
 
 
-def test_a_part_that_stands_for_the_whole_is_chosen_at_random():
+def test_a_subset_that_stands_for_the_whole_is_chosen_at_random():
     labels = torch.arange(3).repeat_interleave(100)
     index = some_of_each_class(labels, 40, seed=1)
     assert labels[index].tolist() == [0] * 40 + [1] * 40 + [2] * 40
@@ -412,6 +645,7 @@ def test_a_part_that_stands_for_the_whole_is_chosen_at_random():
     assert torch.equal(index, some_of_each_class(labels, 40, seed=1))
     assert not torch.equal(index, some_of_each_class(labels, 40, seed=2))
     assert some_of_each_class(labels[95:], 40)[:5].sort().values.tolist() == [0, 1, 2, 3, 4]  # all that there are
+    assert labels[100:][some_of_each_class(labels[100:], 7)].tolist() == [1] * 7 + [2] * 7  # not of a missing class
 
 
 def test_file_names_may_be_any_bytes(tmp_path):
@@ -436,6 +670,14 @@ def test_the_identity_of_images_outlives_a_copy_and_not_a_change(data_copy, tmp_
     path = data_copy / "cdm" / "0.npy"
     write(path, np.rot90(np.load(path)))
     assert identity(data_copy) != before
+
+
+def test_every_subset_has_an_identity_of_its_own(lens_data):
+    whole = NpyDataset(lens_data)
+    before = whole.identity
+    found = {before, *(whole.part(split).identity for split in ("train", "val", "test")), whole.only([]).identity}
+    assert len(found) == 5
+    assert whole.part("all").identity == before
 
 
 # Split
@@ -515,7 +757,7 @@ def test_a_folder_that_cannot_be_written_still_loads(data_copy, monkeypatch, cap
     assert "cannot be written" in capsys.readouterr().out
 
 
-def test_a_folder_that_cannot_be_written_is_read_once_for_all_its_parts(data_copy, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_read_once_for_all_its_splits(data_copy, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
@@ -543,6 +785,8 @@ def test_the_cache_can_be_kept_outside_the_data(data_copy, tmp_path, monkeypatch
 
 
 def test_transforms_of_arrays_of_any_range():
+    from models.classifier import classifier_transforms
+
     raw = 1000 + 50 * IMAGE
     image = diffusion_transforms(raw)
     assert image.shape == (1, 64, 64)

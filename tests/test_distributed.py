@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -17,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_TRAINING, history_of, run_script
+from conftest import ROOT, TINY_TRAINING, history_of, run_script, save_nothing
+from kill_training import forkserver
 
 import distributed
 import settings
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 def in_processes(size: int, work: Callable, *arguments) -> list:
     """What ``work`` returns in each of several processes that torchrun could have started."""
-    context = multiprocessing.get_context("forkserver")
+    context = forkserver()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -82,9 +82,14 @@ def run_and_listen(script: str, flags: list) -> tuple[list[float], str, set[str]
 
 
 def run_quietly(script: str, flags: list) -> str:
-    """Runs a script and returns what it printed."""
+    """Runs a script, but for its pictures and the long training of the C2ST, and returns what it printed."""
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as out:
-        run_script(script, *flags)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("plots.save", save_nothing)
+            if "evaluate" in script:
+                patch.setattr("metrics.report.write_html", lambda *args: None)
+                patch.setattr("metrics.two_sample._STEPS", 5)
+            run_script(script, *flags)
         out.flush()
     return out.buffer.getvalue().decode()
 
@@ -144,7 +149,7 @@ def test_two_processes_give_the_losses_of_one_and_one_of_them_writes(flags, one,
 
 def test_three_processes_that_accumulate_give_the_losses_of_one_too(flags, tmp_path):
     flags = [*flags, "--epochs", 2]
-    run_script("train/train_diffusion.py", *flags, "--output_dir", tmp_path / "one")
+    run_quietly("train/train_diffusion.py", [*flags, "--output_dir", tmp_path / "one"])
     flags = [*flags, "--accumulate_steps", 2, "--output_dir", tmp_path / "three"]
     in_processes(3, run_and_listen, "train/train_diffusion.py", flags)
     losses = ([row["loss"] for row in history_of(tmp_path / name)] for name in ("one", "three"))
@@ -192,12 +197,19 @@ def test_a_process_that_dies_is_named_and_torchrun_goes_on_from_the_checkpoint(f
     )
 
 
-def test_a_mistake_is_said_once_by_the_first_process(flags, tmp_path):
-    job = torchrun("--standalone", "train/train_diffusion.py", "--data_dir", tmp_path / "absent")
-    error = job.communicate(timeout=200)[1]
-    assert job.returncode
-    assert error.count("no folder axion or cdm or no_sub") == 1
-    assert f"process 0: {tmp_path}/absent: no folder" in error
+def ends_with(script: str, flags: list) -> tuple[int, str]:
+    """Exit status of a script that does not get far, and what it said on stderr."""
+    with contextlib.redirect_stderr(io.StringIO()) as error, pytest.raises(SystemExit) as ended:
+        run_quietly(script, flags)
+    return ended.value.code, error.getvalue()
+
+
+def test_a_mistake_is_said_once_by_the_first_process(tmp_path):
+    flags = ["--data_dir", tmp_path / "absent", "--output_dir", tmp_path / "run"]
+    (status, error), (status_of_other, error_of_other) = in_processes(2, ends_with, "train/train_diffusion.py", flags)
+    assert error.startswith(f"process 0: {tmp_path}/absent: no class folders with .npy files")
+    assert error_of_other == "process 1: lost the other processes: the one that ended first says why\n"
+    assert (status, status_of_other) == (2, 1)
 
 
 def test_generation_and_scores_of_two_processes_are_those_of_one(lens_data, checkpoint, classifier, tmp_path):
@@ -207,12 +219,11 @@ def test_generation_and_scores_of_two_processes_are_those_of_one(lens_data, chec
         flags = ["--data_dir", lens_data, "--checkpoint_path", checkpoint, "--classifier_path", classifier]
         flags += ["--output_dir", folder / "generated", "--report_dir", folder, "--figure_path", folder / "l.png"]
         flags += ["--batch_size", 3, "--num_splits", 2, "--num_ode_steps", 2, "--device", "cpu"]
+        flags += ["--cache_dir", folder / "cache"]
         out, *others = in_processes(size, run_quietly, "evaluate/evaluate_fld.py", flags)
         assert "Fréchet" in out
         assert not any(others)
-        for cache in lens_data.glob(".lens_measured*"):
-            cache.unlink()
-        reports.append(json.loads((folder / "report.json").read_text())["figures"])
+        reports.append(json.loads((folder / "report.json").read_text())["metrics"])
     assert reports[0] == reports[1]
     files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1" / "generated").glob("*/*.npy"))
     assert files

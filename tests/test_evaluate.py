@@ -21,16 +21,19 @@ from torch_fidelity import feature_extractor_inceptionv3
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 import files
-from dataset import CLASSES, NpyDataset
-from evaluate import evaluate_fld, figures, generated_folder, measure
+from dataset import NpyDataset
 from evaluate.evaluate_fld import generate_image, load_model
-from evaluate.figures import TITLES
-from evaluate.measure import measure as real_measure
-from models import flow
+from metrics import measure, report, score, verdict
+from metrics.inception import load_inception
+from metrics.measure import measure as real_measure
+from models import flow, generated_folder
 from models.checkpoint import load_checkpoint, save_checkpoint
-from models.classifier import load_classifier
-from models.model import NanoDiT
+from models.classifier import build_classifier, load_classifier
+from models.generator import Generator, build_untrained
 from settings import InputError
+from simulate.recipes import MODEL_II
+
+CLASSES = MODEL_II.classes
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +76,13 @@ def test_images_are_made_as_their_checkpoint_says_unless_told_otherwise(model, c
     torch.testing.assert_close(generate_image(few, 1, ode_steps=4, num_samples=2), expected)  # so many and no more
     other = [generate_image(few, 1, **given, num_samples=2) for given in ({"ode_steps": 3}, {"cfg_scale": 2.0})]
     assert all((image - expected).abs().max() > 1e-3 for image in other)
-    del content["sampler"]  # the published checkpoints have none
+    for name in ("sampler", "network", "classes", "image_shape"):  # older and published checkpoints have none
+        del content[name]
+    content["model_config"] |= {"prediction": content.pop("prediction")}
     save_checkpoint(tmp_path / "published.pt", **content)
     assert load_model(tmp_path / "published.pt", "cpu").sampler == flow.Sampler(50, 5.0, "euler", "uniform")
     save_checkpoint(tmp_path / "wrong.pt", **content, sampler={"steps": 10**9})
-    with pytest.raises(InputError, match="its configuration is not that of a NanoDiT"):
+    with pytest.raises(InputError, match="its configuration is not that of a generator"):
         load_model(tmp_path / "wrong.pt", "cpu")
 
 
@@ -123,7 +128,7 @@ def test_evaluate_is_ours_where_another_package_has_the_name(tmp_path):
     assert done.stdout == "ours\n", done.stderr
 
 
-NAMESAKES = ("settings", "dataset", "distributed", "files", "plots", "models", "simulate", "train")
+NAMESAKES = ("settings", "dataset", "distributed", "files", "plots", "models", "simulate", "train", "metrics")
 
 
 def test_an_evaluate_of_others_makes_way(tmp_path):
@@ -131,7 +136,7 @@ def test_an_evaluate_of_others_makes_way(tmp_path):
     (tmp_path / "evaluate" / "__init__.py").write_text("ours = False")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import evaluate; sys.path.append({str(ROOT)!r}); "
-        "import nanodit_path; from evaluate import metrics; print('fine')"
+        "import nanodit_path; from evaluate import evaluate_fld; print('fine')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "fine\n", done.stderr
@@ -143,8 +148,8 @@ def test_an_evaluate_of_others_makes_way(tmp_path):
         ("from evaluate.evaluate_fld import load_model, generate_image", True),
         ("from models.model import NanoDiT", False),
         ("import plots, distributed", False),
-        ("from train.safety import Checkpoints", True),
-        ("from simulate.simulate_lenses import render_row", False),
+        ("from train.run import Run", True),
+        ("from simulate.model_ii import render_row", False),
     ],
 )
 def test_modules_of_others_with_our_names_do_not_matter(tmp_path, code, imported):
@@ -166,7 +171,37 @@ def test_modules_of_others_with_our_names_do_not_matter(tmp_path, code, imported
         assert "from now on these names import what is in" in done.stderr
 
 
+HEAVY = (
+    "lenstronomy",
+    "astropy",
+    "torchmetrics",
+    "torch_fidelity",
+    "torchvision",
+    "scipy",
+    "matplotlib",
+    "ema_pytorch",
+)
+
+
+def test_to_draw_a_lens_imports_nothing_that_only_scoring_takes():
+    code = "import sys; from evaluate.evaluate_fld import load_model, generate_image; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {module.split(".")[0] for module in done.stdout.split()} & set(HEAVY)
+
+
 # The scripts
+
+
+@pytest.fixture
+def pictures():
+    """Pictures take most of the time of an evaluation: only tests that ask for this have them drawn."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(report, "write_lenses", lambda *args: None)
+        monkeypatch.setattr(report, "write_html", lambda *args: None)
 
 
 @pytest.fixture
@@ -184,7 +219,7 @@ def no_network(*args, **kwargs):
     raise OSError("no route to host")
 
 
-def test_without_inception_weights_and_network_the_rest_is_computed(flags, tmp_path, monkeypatch, capsys):
+def test_without_inception_weights_and_network_the_rest_is_computed(flags, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.hub.urlopen", no_network)
     run_script("evaluate/evaluate_fld.py", *flags)
     out = capsys.readouterr().out
@@ -238,12 +273,12 @@ def scored_files(monkeypatch):
     """Names of the images that each call of Reference.score has scored."""
     found = []
 
-    def score(self, name, dataset, splits, seed, original=figures.Reference.score):
+    def score_and_note(self, name, dataset, splits, seed, original=score.Reference.score):
         sample = original(self, name, dataset, splits, seed)
         found.append({dataset.files[i] for i in sample.index.tolist()})
         return sample
 
-    monkeypatch.setattr(figures.Reference, "score", score)
+    monkeypatch.setattr(score.Reference, "score", score_and_note)
     return found
 
 
@@ -252,7 +287,7 @@ def test_exactly_the_images_asked_for_are_scored(flags, model, tmp_path, scored_
     folder = tmp_path / "generated_npy"
     run_script("evaluate/evaluate_fld.py", *flags)
     source = json.loads((folder / "generated_by.json").read_text())
-    evaluate_fld.generate_to_folder(model, folder, 12, source)
+    generated_folder.generate_to_folder(model, folder, 12, source, batch_size=128)
     files.release()
     run_script("evaluate/evaluate_fld.py", *flags)
     run_script("evaluate/evaluate_fld.py", *flags, "--generated_dir", folder)
@@ -450,12 +485,12 @@ def test_a_path_is_no_model(checkpoint):
 def test_generated_images_that_are_bad_can_be_skipped(flags, model, tmp_path, monkeypatch, scored_files, capsys):
     """A generator that now and then draws nothing."""
 
-    def draws_nothing(self, labels, *args, original=NanoDiT.generate):
+    def draws_nothing(self, labels, *args, original=Generator.generate):
         images = original(self, labels, *args).clone()
         images[0] = 0
         return images
 
-    monkeypatch.setattr(NanoDiT, "generate", draws_nothing)
+    monkeypatch.setattr(Generator, "generate", draws_nothing)
     with pytest.raises(SystemExit):
         run_script("evaluate/evaluate_fld.py", *flags)
     assert "cdm/0.npy: is blank" in capsys.readouterr().err
@@ -478,10 +513,10 @@ def test_a_full_disk_while_generating_names_the_file(tmp_path, monkeypatch):
     assert raised.value.filename == str(tmp_path / "0.npy")
 
 
-def test_the_report_holds_every_figure_beside_its_floor(flags, lens_data, tmp_path):
+def test_the_report_holds_every_metric_beside_its_floor(flags, pictures, lens_data, tmp_path, capsys):
     folder = foreign_folder(lens_data, tmp_path / "others")
     run_script("evaluate/evaluate_fld.py", *flags, "--compare_path", folder)
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
     promised = [
         "frechet_lens",
         "kid_lens",
@@ -494,29 +529,92 @@ def test_the_report_holds_every_figure_beside_its_floor(flags, lens_data, tmp_pa
         "copy_share",
     ]
     promised += ["two_sample_accuracy", "class_accuracy", "lens_residual", "ring_radius", "ring_width", "power_16_32"]
-    for of_sample in (report["figures"], report["compared"][0]["figures"]):
+    for of_sample in (found["metrics"], found["compared"][0]["metrics"]):
         for name in promised:
-            for part in ("overall", *CLASSES):
-                figure = of_sample[name][part]
-                assert all(isinstance(figure[key], float) for key in ("value", "floor", "floor_std")), (name, part)
-        assert of_sample["fid_inception"]["axion"] == {
-            "value": None,
-            "value_std": None,
-            "floor": None,
-            "floor_std": None,
-        }
-    assert report["figures"] != report["compared"][0]["figures"]
-    low, high = report["figures"]["class_accuracy"]["cdm"]["interval"]
-    assert low <= report["figures"]["class_accuracy"]["cdm"]["value"] <= high
-    assert "standard_error" in report["figures"]["kid_lens"]["overall"]
-    assert report["counts"]["per_class"] == 3
-    assert report["settings"]["NUM_SPLITS"] == 2
-    assert report["source"]["sha256"] == hashlib.sha256(Path(report["source"]["checkpoint"]).read_bytes()).hexdigest()
+            for subset in ("overall", *CLASSES):
+                metric = of_sample[name][subset]
+                assert all(isinstance(metric[key], float) for key in ("value", "floor", "floor_std")), (name, subset)
+        assert of_sample["fid_inception"]["axion"] == dict.fromkeys(("value", "value_std", "floor", "floor_std"))
+    assert found["metrics"] != found["compared"][0]["metrics"]
+    low, high = found["metrics"]["class_accuracy"]["cdm"]["interval"]
+    assert low <= found["metrics"]["class_accuracy"]["cdm"]["value"] <= high
+    assert "standard_error" in found["metrics"]["kid_lens"]["overall"]
+    assert found["counts"]["per_class"] == 3
+    assert found["settings"]["NUM_SPLITS"] == 2
+    assert found["source"]["sha256"] == hashlib.sha256(Path(found["source"]["checkpoint"]).read_bytes()).hexdigest()
     page = (tmp_path / "report" / "report.html").read_text()
     assert page.count("<img") == page.count("data:image/png;base64,") >= 10
     assert not re.search(r"(src|href)=.https?:", page)
-    for text in (*(title for name, title in TITLES.items() if name != "fid_inception"), "generated_npy", "others"):
+    titles = score.titles_of(NpyDataset(lens_data))
+    for text in (*(title for name, title in titles.items() if name != "fid_inception"), "generated_npy", "others"):
         assert html.escape(text) in page or text in page
+    # It opens with the verdict; all metrics and the settings fold open
+    headings = re.findall(r"<h2>([^<]*)|<summary>([^<]*)", page)
+    assert [a or b for a, b in headings][:4] == ["Verdict: generated_npy", "Verdict: others", "All metrics", "Images"]
+    assert list(found["verdict"]) == [
+        *("frechet_lens", "two_sample_accuracy", "class_accuracy", "copy_share"),
+        "lens_residual",
+    ]
+    words = re.findall(r"<b>(at the floor|near|off)</b>", page)
+    assert len(words) == 2 * 5 * 4
+    assert words[:4] == list(found["verdict"]["frechet_lens"].values())
+    assert verdict.RULE in page
+    said = re.findall(r"^Of the five metrics that decide, .*$", capsys.readouterr().out, re.M)
+    assert len(said) == 2
+    assert all(html.escape(text) in page for text in said)
+
+
+def test_other_classes_and_channels_are_evaluated_with_no_edit(tmp_path, monkeypatch, capsys):
+    """Four classes, 32 pixels in three channels: everything is read from the folder and the checkpoints."""
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    classes, shape = ("axion", "cdm", "no_sub", "wdm"), (3, 32, 32)
+    random = np.random.default_rng(0)
+    for name in classes:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(60):
+            np.save(tmp_path / "data" / name / f"{i}.npy", random.random(shape))
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "depth": 1, "num_heads": 2, "prediction": "velocity"}  # untrained, it gives noise
+    generator = build_untrained("NanoDiT-S/16", classes, shape, **small)
+    content = generator.description() | {"sampler": asdict(flow.Sampler(2, 1.0))}
+    save_checkpoint(tmp_path / "g.pt", model_state_dict=generator.network.state_dict(), **content)
+    classifier = build_classifier(32, classes, 3)
+    content = {"image_size": 32, "classes": list(classes), "channels": 3}
+    save_checkpoint(tmp_path / "c.pt", model_state_dict=classifier.state_dict(), **content)
+    flags = ["--data_dir", tmp_path / "data", "--checkpoint_path", tmp_path / "g.pt", "--report_dir", tmp_path / "r"]
+    flags += ["--classifier_path", tmp_path / "c.pt", "--output_dir", tmp_path / "out", "--num_splits", 2]
+    flags += ["--figure_path", tmp_path / "lenses.png", "--device", "cpu", "--images_per_class", 3]
+    run_script("evaluate/evaluate_fld.py", *flags)
+    out = capsys.readouterr().out
+    assert re.search(r"^3 images a class +overall +axion +cdm +no_sub +wdm$", out, re.M)
+    assert "Ring radius, W1 in pixels" in out
+    assert "lens equation" not in out
+    found = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert found["metrics"]["lens_residual"]["wdm"]["value"] is None
+    assert np.array(found["confusion"]["real"]).shape == (4, 4)
+    assert list(found["verdict"])[-1] == "power_8_16"
+    assert np.load(tmp_path / "out" / "wdm" / "0.npy").shape == shape
+    shutil.rmtree(tmp_path / "data" / "wdm")  # and then networks and data do not go together
+    with pytest.raises(SystemExit) as stopped:
+        run_script("evaluate/evaluate_fld.py", *flags)
+    assert stopped.value.code == 2
+    complaint = f"is of the classes axion, cdm, no_sub, wdm, but {tmp_path / 'data'} of the classes axion, cdm, no_sub"
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [64, 32])
+def test_a_folder_of_other_classes_or_sizes_than_the_checkpoint_is_refused(flags, data_copy, tmp_path, capsys, size):
+    if size == 64:
+        shutil.copytree(data_copy / "cdm", data_copy / "wdm")
+    else:
+        for path in data_copy.glob("*/*.npy"):
+            np.save(path, np.load(path)[::2, ::2])
+    with pytest.raises(SystemExit) as stopped:
+        run_script("evaluate/evaluate_fld.py", *flags, "--data_dir", data_copy)
+    assert stopped.value.code == 2
+    of = f"of the classes {', '.join((*CLASSES, 'wdm'))}" if size == 64 else "of images of 32x32 pixels in 1 channel(s)"
+    assert f"{data_copy} {of}: they do not go together" in capsys.readouterr().err
+    assert not (tmp_path / "generated_npy").exists()
 
 
 def test_measurements_of_real_images_are_kept_until_something_changes(data_copy, classifier, monkeypatch):
@@ -572,9 +670,8 @@ def test_a_bad_inception_file_is_one_line_and_runs_nothing(tmp_path, monkeypatch
     path = tmp_path / "inception.pth"
     if content:
         torch.save(Bomb() if content == "bomb" else "text", path)
-    monkeypatch.setattr(evaluate_fld, "INCEPTION_WEIGHTS_PATH", str(path))
     with pytest.raises(InputError, match="no file with weights of that network"):
-        evaluate_fld.load_inception(torch.device("cpu"))
+        load_inception(str(path), torch.device("cpu"))
     assert not (tmp_path / "bombed").exists()
 
 
@@ -584,7 +681,7 @@ def test_a_bad_inception_file_is_one_line_and_runs_nothing(tmp_path, monkeypatch
         (["--images_per_class", 2], "--images_per_class below 3"),
         (["--report_dir", "/proc/report"], "/proc/report: "),
         (["--compare_path", "nowhere.pt"], "nowhere.pt: cannot be read"),
-        (["--real_dir", "nowhere"], "nowhere: no folder axion"),
+        (["--real_dir", "nowhere"], "nowhere: no class folders with .npy files"),
         (["--output_dir", __file__], f"{__file__}: Not a directory"),
         (["--figure_path", "lenses.docx"], "lenses.docx: its name must end in one of"),
     ],
@@ -677,3 +774,18 @@ def test_bad_files_to_classify_are_named(tmp_path, classifier, capsys):
             run_script("evaluate/evaluate_classify.py", "--npy_path", path, "--model_path", classifier)
         assert stopped.value.code == 1
         assert complaint in capsys.readouterr().err
+
+
+def test_images_of_several_sizes_are_classified_together_as_alone(classifier, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for i, size in enumerate((32, 64, 64, 48)):
+        np.save(tmp_path / f"{i}.npy", random.random((size, size)))
+    run_script("evaluate/evaluate_classify.py", "--npy_path", tmp_path, "--model_path", classifier)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    for i, line in enumerate(lines):
+        run_script("evaluate/evaluate_classify.py", "--npy_path", tmp_path / f"{i}.npy", "--model_path", classifier)
+        alone = re.findall(r"'(.*)'|Confidence: (.*)", capsys.readouterr().out)
+        name, confidence = line.split()[1:]
+        assert name == alone[0][0]
+        assert float(confidence) == pytest.approx(float(alone[1][1]), abs=2e-4)
+    assert len(lines) == 4

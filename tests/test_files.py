@@ -1,5 +1,6 @@
 """A file is whole or not there, and a folder belongs to one run at a time."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -56,7 +57,7 @@ def test_a_folder_is_free_again_after_its_run(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train_diffusion", "train_classifier", "evaluate_fld", "simulate_lenses"])
-def test_no_script_writes_where_another_one_does(script, lens_data, checkpoint, classifier, tmp_path, capsys):
+def test_no_script_writes_where_another_one_does(script, lens_data, other_process, tmp_path, capsys):
     with_data = ["--data_dir", lens_data, "--output_dir", tmp_path]
     other = tmp_path.with_name(f"{tmp_path.name}_report")
     flags = {
@@ -64,25 +65,14 @@ def test_no_script_writes_where_another_one_does(script, lens_data, checkpoint, 
         "train_classifier": ["train/train_classifier.py", "--batch_size", 16, "--pretrained", "false", *with_data],
         "evaluate_fld": [
             *("evaluate/evaluate_fld.py", *with_data, "--report_dir", other, "--figure_path", other / "lenses.png"),
-            *("--checkpoint_path", checkpoint, "--classifier_path", classifier),
+            *("--checkpoint_path", ROOT / "weights" / "component_mlp.safetensors"),
+            *("--classifier_path", ROOT / "weights" / "resnet18_lens.safetensors"),
         ],
         "simulate_lenses": ["simulate/simulate_lenses.py", "--data_dir", tmp_path],
     }
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdout.readline() == "held\n"
-    try:
-        with pytest.raises(SystemExit):
-            run_script(*flags[script])
-    finally:
-        holder.kill()
-        holder.wait()
-    assert f"process {holder.pid}" in capsys.readouterr().err.strip().splitlines()[-1]
+    with pytest.raises(SystemExit):
+        run_script(*flags[script])
+    assert f"process {other_process.pid}" in capsys.readouterr().err.strip().splitlines()[-1]
     assert not [path for path in tmp_path.rglob("*") if not path.name.startswith(".")]
 
 
@@ -95,24 +85,38 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     assert "cannot be locked" in capsys.readouterr().out
 
 
-def test_workers_end_with_the_process_that_started_them(tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_workers_end_with_the_process_that_started_them(tmp_path, number, status):
     """Killed, it cannot stop them; asked to end, it does."""
-    for number, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
-        folder = tmp_path / number.name
-        command = [sys.executable, str(ROOT / "simulate/simulate_lenses.py"), "--data_dir", str(folder)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        deadline = time.monotonic() + 60
-        while len(list(folder.glob("*/*.npy"))) < 5 and time.monotonic() < deadline:
+    # A copy of this process, which has imported all that it needs
+    process = multiprocessing.get_context("fork").Process(
+        target=simulate, args=(tmp_path / "data", tmp_path / "errors")
+    )
+    process.start()
+    deadline = time.monotonic() + 30
+    try:
+        while len(list(tmp_path.glob("data/*/*.npy"))) < 5 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert len(members(process.pid)) > 1
-        process.send_signal(number)
-        errors = process.communicate(timeout=30)[1].decode()
-        assert process.returncode == status
+        os.kill(process.pid, number)
+        process.join(30)
+        assert process.exitcode == status
+        errors = (tmp_path / "errors").read_text()
         assert "Traceback" not in errors
         assert number == signal.SIGKILL or errors.strip().splitlines()[-1].endswith("stopped")
         while members(process.pid) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not members(process.pid)
+    finally:
+        for left in members(process.pid):
+            os.kill(left, signal.SIGKILL)
+
+
+def simulate(folder, errors) -> None:
+    """In a session of its own."""
+    os.setsid()
+    sys.stderr = errors.open("w", buffering=1)
+    run_script("simulate/simulate_lenses.py", "--data_dir", folder, "--num_per_class", 300, "--num_workers", 2)
 
 
 def members(session: int) -> list[int]:

@@ -13,13 +13,15 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import DATA, TINY_TRAINING, run_script
-from fuzz import fuzz
+from fuzz import content_of, fuzz
 
 from dataset import NpyDataset
 from models.checkpoint import load_checkpoint
 from models.classifier import build_classifier, load_classifier
-from models.model import NanoDiT
+from models.generator import build_untrained, generate_image, load_model
+from settings import InputError
 
+CLASSES = ("axion", "cdm", "no_sub")
 IMAGE = np.random.default_rng(0).random((64, 64))
 
 
@@ -30,7 +32,7 @@ class Bomb:
         return (open, ("bombed", "w"))
 
 
-# What is put in place of data/cdm/7.npy
+# In place of images of cdm
 
 
 def npy(array, **kwargs) -> bytes:
@@ -71,6 +73,16 @@ def a_file_with_errors(path: Path) -> None:
     path.symlink_to("/proc/self/mem")  # reading it from its start is an I/O error
 
 
+def a_large_file(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**34)
+
+
+def a_pickle_of_lists_without_end() -> bytes:
+    head = pair(IMAGE, 0)
+    return head[:128] + b"\x80\x04" + b"]" * 2**24
+
+
 FILES = [
     ("truncated header", npy(IMAGE)[:40], "damaged header"),
     ("truncated body", npy(IMAGE)[:5000], "truncated"),
@@ -86,9 +98,13 @@ FILES = [
     ("complex numbers", npy(IMAGE + 1j), "complex128"),
     ("NaN", npy(np.where(IMAGE > 0.9, np.nan, IMAGE)), "NaN or Inf"),
     ("Inf", npy(np.where(IMAGE > 0.9, np.inf, IMAGE)), "NaN or Inf"),
-    ("another size", npy(np.zeros((128, 128))), r"shape \(128, 128\)"),
-    ("a movie", npy(np.zeros((9, 64, 64))), r"shape \(9, 64, 64\)"),
-    ("a large file", npy(np.zeros((600, 600))), "larger than any 64x64 image"),
+    ("another size", npy(IMAGE[:32, :32]), r"shape \(32, 32\), not \(64, 64\)"),
+    ("a movie", npy(np.stack(9 * [IMAGE])), r"shape \(9, 64, 64\), not \(64, 64\)"),
+    ("a long movie", npy(np.zeros((99, 64, 64))), r"shape \(99, 64, 64\): .* 16 channels at most"),
+    ("a large image", npy(np.zeros((600, 600))), r"shape \(600, 600\): an image is square, of 8 to 256 pixels"),
+    ("a small image", npy(IMAGE[:7, :7]), r"shape \(7, 7\): an image is square, of 8 to 256 pixels"),
+    ("a large file", a_large_file, "is larger than any image"),
+    ("a pickle of 2^24 lists", a_pickle_of_lists_without_end(), "is larger than any pair"),
     ("a link to itself", a_link_to_itself, "cannot be read"),
     ("a broken link", a_broken_link, "cannot be read"),
     ("a file that fails to be read", a_file_with_errors, "cannot be read"),
@@ -120,26 +136,33 @@ def state_of(folder: Path) -> dict:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".lens_" not in path.name}
 
 
-@pytest.mark.parametrize(("what", "complaint"), [row[1:] for row in FILES], ids=[row[0] for row in FILES])
-def test_a_bad_file_is_named_by_training_and_by_classification(
-    what, complaint, data_copy, classifier, tmp_path, monkeypatch, capsys
+def test_all_bad_files_are_named_by_training_and_by_classification(
+    data_copy, classifier, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    path = data_copy / "cdm" / "7.npy"
-    path.unlink()
-    put(path, what)
+    paths = [data_copy / "cdm" / f"{i}.npy" for i in range(48)][-len(FILES) :]  # behind sound ones
+    for path, (_, what, _) in zip(paths, FILES, strict=True):
+        path.unlink()
+        put(path, what)
     output = tmp_path / "run"
-    lines = one_line(
-        capsys, "train/train_diffusion.py", *TINY_TRAINING, "--data_dir", data_copy, "--output_dir", output
-    )
-    assert lines[-3] == f"1 bad files of 144 in {data_copy}:"
-    assert lines[-2].startswith(f"  {path}: ")
-    assert re.search(complaint, lines[-2])
+    flags = ["--data_dir", data_copy, "--output_dir", output]
+    lines = one_line(capsys, "train/train_diffusion.py", *TINY_TRAINING, *flags)[-len(FILES) - 2 :]
+    assert lines[0] == f"{len(FILES)} bad files of 144 in {data_copy}:"
     assert lines[-1] == 'remove or mend them, or set ON_BAD_FILE = "skip"'
+    named = dict(line.strip().split(": ", 1) for line in lines[1:-1])
     assert not output.exists()
-    if not path.is_dir():
-        lines = one_line(capsys, "evaluate/evaluate_classify.py", "--npy_path", path, "--model_path", classifier)
-        assert lines[-1].startswith(f"{path}: ")
+
+    flags = ["--model_path", classifier, "--npy_path"]
+    lines = one_line(capsys, "evaluate/evaluate_classify.py", *flags, data_copy / "cdm")[-len(FILES) :]
+    classified = dict(line.split(": ", 1) for line in lines if line.startswith(str(data_copy)))
+    for path, (kind, _, complaint) in zip(paths, FILES, strict=True):
+        assert re.search(complaint, named[str(path)]), kind
+        # The classifier resizes each image, but takes no other number of channels
+        expected = {"another size": "", "a movie": "has 9 channels, but .* takes 1"}.get(kind, complaint)
+        assert re.search(expected, classified.get(str(path), "")), kind
+    assert str(paths[[kind for kind, *_ in FILES].index("another size")]) not in classified
+    lines = one_line(capsys, "evaluate/evaluate_classify.py", *flags, paths[0])
+    assert re.fullmatch(rf"{paths[0]}: {FILES[0][2]}", lines[-1].replace("has a ", ""))
     assert not (tmp_path / "bombed").exists()
 
 
@@ -166,8 +189,20 @@ def test_a_file_deleted_while_reading_is_named(data_copy, monkeypatch, capsys):
 # Data folders
 
 
-def without_a_class(folder):
-    shutil.rmtree(folder / "axion")
+def an_empty_class(folder):
+    for path in (folder / "axion").iterdir():
+        path.unlink()
+
+
+def another_ending(folder):
+    for path in (folder / "axion").iterdir():
+        path.rename(path.with_suffix(".fits"))
+
+
+def one_folder_deeper(folder):
+    (folder / "axion" / "images").mkdir()
+    for path in (folder / "axion").glob("*.npy"):
+        path.rename(folder / "axion" / "images" / path.name)
 
 
 def empty(folder):
@@ -186,11 +221,17 @@ def a_file_instead(folder):
 
 
 FOLDERS = [
-    ("a missing class", without_a_class, "no folder axion"),
+    ("an empty class", an_empty_class, r"axion: no \.npy files in it: add some"),
+    ("a class of another ending", another_ending, r"axion: no \.npy files in it: add some"),
+    (
+        "a class one folder deeper",
+        one_folder_deeper,
+        r"axion: no \.npy files in it, but in \S+/axion/images: move them",
+    ),
     ("an empty folder", empty, "no .npy files in its class folders"),
     ("one image", one_image, "add images|more than the"),
-    ("a file instead of a folder", a_file_instead, "no folder axion or cdm or no_sub"),
-    ("no folder", shutil.rmtree, "no folder axion or cdm or no_sub"),
+    ("a file instead of a folder", a_file_instead, "no class folders with .npy files"),
+    ("no folder", shutil.rmtree, "no class folders with .npy files"),
 ]
 
 
@@ -207,9 +248,30 @@ def test_a_bad_data_folder_is_named(script, change, complaint, data_copy, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_class_too_many_is_left_alone(data_copy):
-    shutil.copytree(data_copy / "cdm", data_copy / "wdm")
-    assert len(NpyDataset(data_copy)) == 144
+@pytest.mark.parametrize("change", ["a missing class", "a class too many", "another size"])
+def test_data_that_a_checkpoint_does_not_know_are_named(change, data_copy, checkpoint, classifier, tmp_path, capsys):
+    """For training they are simply other data."""
+    if change == "a missing class":
+        shutil.rmtree(data_copy / "axion")
+    elif change == "a class too many":
+        shutil.copytree(data_copy / "cdm", data_copy / "wdm")
+    else:
+        for path in data_copy.glob("*/*.npy"):
+            np.save(path, np.load(path)[16:48, 16:48])
+    found = NpyDataset(data_copy)
+    assert (found.image_shape == (1, 64, 64)) == (change != "another size")
+    flags = ["--data_dir", data_copy, "--classifier_path", classifier, "--checkpoint_path", checkpoint]
+    flags += ["--output_dir", tmp_path / "g", "--report_dir", tmp_path / "r", "--figure_path", tmp_path / "r" / "l.png"]
+    line = one_line(capsys, "evaluate/evaluate_fld.py", *flags)[-1]
+    if change == "another size":
+        assert f"{checkpoint} is of images of 64x64 pixels in 1 channel(s)" in line
+    else:
+        assert f"{classifier} is of the classes axion, cdm, no_sub" in line
+        assert f"{data_copy} of the classes {', '.join(found.classes)}" in line
+    assert not (tmp_path / "g").exists()
+    given = NpyDataset(data_copy, classes=CLASSES, on_missing_class="go_on")  # one too many is left alone
+    assert given.classes == CLASSES
+    assert len(given) == (96 if change == "a missing class" else 144)
 
 
 # Checkpoints
@@ -222,8 +284,7 @@ def archive(**content) -> bytes:
 
 
 def network(**config) -> dict:
-    model = NanoDiT(**({"patch_size": 16, "hidden_size": 16, "depth": 1, "num_heads": 2} | config))
-    return {"model_state_dict": model.state_dict(), "model_config": model.config}
+    return content_of(CLASSES, (1, 64, 64), **config)
 
 
 def compressed(content: bytes) -> bytes:
@@ -237,6 +298,23 @@ def compressed(content: bytes) -> bytes:
 def with_config(**changes) -> bytes:
     content = network()
     return archive(**content | {"model_config": content["model_config"] | changes})
+
+
+def of_classes(*names) -> bytes:
+    return archive(**network() | {"classes": list(names)})
+
+
+def older(**changes) -> bytes:
+    """A checkpoint as it was when it did not say what its data was."""
+    content = network()
+    config = content["model_config"] | {"prediction": "image"} | changes
+    return archive(model_state_dict=content["model_state_dict"], model_config=config)
+
+
+def components(**changes) -> bytes:
+    generator = build_untrained("ComponentMLP-512", CLASSES, (1, 16, 16), hidden_size=16, depth=1, components=64)
+    content = {"model_state_dict": generator.network.state_dict(), "codec_state_dict": generator.codec.state_dict()}
+    return archive(**content | {"sampler": {}} | generator.description() | changes)
 
 
 CHECKPOINTS = [
@@ -253,20 +331,42 @@ CHECKPOINTS = [
     ("a view of 2^40 numbers", lambda: archive(model_state_dict={"w": torch.zeros(1).expand(2**40)}), "larger than"),
     ("no weights", lambda: archive(epoch=3), "no 'model_state_dict'"),
     ("weights that are none", lambda: archive(model_state_dict=[1]), "no 'model_state_dict'"),
-    ("weights of words", lambda: archive(model_state_dict={"a": "b"}), "not that of a NanoDiT|another network"),
+    ("weights of words", lambda: archive(model_state_dict={"a": "b"}), "not that of a generator|another network"),
     (
         "another architecture",
         lambda: archive(**network(hidden_size=32) | {"model_config": network()["model_config"]}),
         "another network",
     ),
-    ("another number of classes", lambda: archive(**network(num_classes=5)), "is of 5 classes, not of axion, cdm"),
-    ("10^9 blocks", lambda: with_config(depth=10**9), "not that of a NanoDiT"),
-    ("a width of 10^9", lambda: with_config(hidden_size=10**9), "another network|not that of a NanoDiT"),
-    ("a setting that is none", lambda: with_config(run="rm"), "not that of a NanoDiT"),
-    ("a patch of 0", lambda: with_config(patch_size=0), "not that of a NanoDiT"),
+    ("another number of classes", lambda: with_config(num_classes=5), "not that of a generator"),
+    ("an older one of another number of classes", lambda: older(num_classes=5), "not that of a generator"),
+    ("10^9 blocks", lambda: with_config(depth=10**9), "not that of a generator"),
+    ("a width of 10^9", lambda: with_config(hidden_size=10**9), "another network|not that of a generator"),
+    ("a setting that is none", lambda: with_config(run="rm"), "not that of a generator"),
+    ("a patch of 0", lambda: with_config(patch_size=0), "not that of a generator"),
+    ("an unknown network", lambda: archive(**network() | {"network": "os.system"}), "not that of a generator"),
+    ("an unknown prediction", lambda: archive(**network() | {"prediction": "rm"}), "not that of a generator"),
+    ("no sampler", lambda: archive(**network() | {"sampler": None}), "not that of a generator"),
+    ("10^9 steps", lambda: archive(**network() | {"sampler": {"steps": 10**9}}), "not that of a generator"),
+    ("an unknown solver", lambda: archive(**network() | {"sampler": {"solver": "rm"}}), "not that of a generator"),
+    ("a number as classes", lambda: archive(**network() | {"classes": 3}), "not that of a generator"),
+    ("numbers as classes", lambda: of_classes(1, 2, 3), "not that of a generator"),
+    ("the same class twice", lambda: of_classes("a", "b", "a"), "not that of a generator"),
+    ("a class in another folder", lambda: of_classes("a", "../b", "c"), "not that of a generator"),
+    ("a class in a folder of the system", lambda: of_classes("a", "/etc", "c"), "not that of a generator"),
+    ("a class that is the folder", lambda: of_classes("a", ".", "c"), "not that of a generator"),
+    ("a class with an end in its name", lambda: of_classes("a", "b\0", "c"), "not that of a generator"),
+    ("images of 2^40 pixels", lambda: archive(**network() | {"image_shape": [1, 2**20, 2**20]}), "not that of a gen"),
+    ("images of words", lambda: archive(**network() | {"image_shape": "1x64x64"}), "not that of a generator"),
+    ("components of 2^40 pixels", lambda: components(image_shape=[1, 2**20, 2**20]), "another network|not that of a"),
+    ("components of a negative size", lambda: components(image_shape=[1, -16, -16]), "not that of a generator"),
+    ("components of a strip", lambda: components(image_shape=[1, 2, 128]), "not that of a generator"),
+    ("components without a codec", lambda: components(codec_state_dict={}), "another network"),
+    ("components that are none", lambda: components(codec_state_dict=None), "not that of a generator"),
     (
         "a checkpoint of the classifier",
-        lambda: archive(model_state_dict=build_classifier(64).state_dict(), image_size=64),
+        lambda: archive(
+            model_state_dict=build_classifier(64, CLASSES).state_dict(), image_size=64, classes=CLASSES, channels=1
+        ),
         "another network",
     ),
     ("a changed number", lambda: archive(**network(), checksum="0"), "checksum does not match"),
@@ -281,9 +381,23 @@ CHECKPOINTS = [
 @pytest.mark.parametrize(
     ("content", "complaint"), [row[1:] for row in CHECKPOINTS], ids=[row[0] for row in CHECKPOINTS]
 )
-def test_a_bad_checkpoint_is_named_and_nothing_written_is_harmed(
-    content, complaint, lens_data, classifier, tmp_path, monkeypatch, capsys
-):
+def test_a_bad_checkpoint_is_named(content, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.pt"
+    path.write_bytes(content())
+    with pytest.raises(InputError) as raised:
+        load_model(path)
+    line = str(raised.value)
+    assert line.startswith(f"{path}: ")
+    assert "\n" not in line
+    assert re.search(complaint, line)
+    assert not (tmp_path / "bombed").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [CHECKPOINTS[0][1], CHECKPOINTS[4][1], lambda: with_config(depth=10**9)], ids=["cut", "bomb", "config"]
+)
+def test_a_bad_checkpoint_harms_nothing_written(content, lens_data, classifier, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "bad.pt"
     path.write_bytes(content())
@@ -294,9 +408,45 @@ def test_a_bad_checkpoint_is_named_and_nothing_written_is_harmed(
     flags += ["--output_dir", generated, "--report_dir", tmp_path / "r", "--figure_path", tmp_path / "r" / "l.png"]
     line = one_line(capsys, "evaluate/evaluate_fld.py", *flags)[-1]
     assert line.startswith(f"{path}: ")
-    assert re.search(complaint, line)
     assert state_of(generated) == before
     assert not (tmp_path / "bombed").exists()
+
+
+def test_the_sound_ones_of_these_checkpoints_load(tmp_path):
+    """So that each of them is refused for what its name says."""
+    path = tmp_path / "good.pt"
+    for content in (archive(**network()), with_config(), older(), components()):
+        path.write_bytes(content)
+        assert load_model(path, "cpu").classes == CLASSES
+
+
+CLASSIFIERS = [
+    ("another number of classes", {"classes": ["a", "b"]}),
+    ("a number as classes", {"classes": 3}),
+    ("numbers as classes", {"classes": [1, 2, 3]}),
+    ("the same class twice", {"classes": ["a", "b", "a"]}),
+    ("10^9 pixels", {"image_size": 10**9}),
+    ("a size in words", {"image_size": "64"}),
+    ("10^9 channels", {"channels": 10**9}),
+    ("another number of channels", {"channels": 4}),
+    ("no channels", {"channels": 0}),
+    ("weights of a generator", {"model_state_dict": {"w": torch.zeros(3)}}),
+]
+
+
+def test_a_bad_classifier_is_named(tmp_path):
+    path, weights = tmp_path / "bad.pt", build_classifier(64, CLASSES).state_dict()
+    sound = {"model_state_dict": weights, "image_size": 64, "classes": list(CLASSES), "channels": 1}
+    path.write_bytes(archive(**sound))
+    assert load_classifier(path).classes == CLASSES
+    for kind, changes in CLASSIFIERS:
+        path.write_bytes(archive(**sound | changes))
+        try:
+            load_classifier(path)
+        except InputError as error:
+            assert str(error) == f"{path}: its weights are of another network", kind  # noqa: PT017
+        else:
+            pytest.fail(f"{kind}: loaded")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8 + b"{}", b"\x02" + bytes(7) + b"{}", b"text that is none of it"])
@@ -348,8 +498,6 @@ def test_a_device_that_is_not_there_is_named(script, capsys):
 
 
 def test_exported_weights_stand_in_for_their_checkpoint(checkpoint, classifier, lens_data, tmp_path, capsys):
-    from evaluate.evaluate_fld import generate_image, load_model
-
     for source, name in ((checkpoint, "generator"), (classifier, "classifier")):
         path = tmp_path / f"{name}.safetensors"
         run_script("train/export_weights.py", "--checkpoint_path", source, "--output_path", path)
@@ -362,7 +510,7 @@ def test_exported_weights_stand_in_for_their_checkpoint(checkpoint, classifier, 
     assert torch.equal(of_checkpoint, of_weights)
     assert of_checkpoint.std() > 0
     exported = load_classifier(tmp_path / "classifier.safetensors")
-    assert exported.image_size == 32
+    assert (exported.image_size, exported.classes, exported.channels) == (32, CLASSES, 1)
     for name, value in load_classifier(classifier).state_dict().items():
         assert torch.equal(exported.state_dict()[name], value)
 

@@ -1,6 +1,7 @@
 """The numbers read off a lens image, on images whose numbers are known; the lens equation, on lenses and on noise."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,16 +9,56 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from dataset import normalize
-from evaluate import physics
-from evaluate.lens_fit import fit_smooth_lens, fits
-from simulate import simulate_lenses as sim
+from metrics import physics
+from metrics.lens_equation import fit_smooth_lens, fits
+from simulate import model_ii as sim
+from simulate.recipes import MODEL_II, pixel_scale_of, recipe_of
 
-AXIS = (np.arange(64) - 31.5) * physics.PIXEL_SCALE
+SCALE = MODEL_II.pixel_scale
+AXIS = (np.arange(64) - 31.5) * SCALE
 Y, X = np.meshgrid(AXIS, AXIS, indexing="ij")
 
 
-def described(image):
-    return {name: float(value[0]) for name, value in physics.describe(normalize(image)[None]).items()}
+def described(image, pixel_scale=SCALE):
+    return {name: float(value[0]) for name, value in physics.describe(normalize(image)[None], pixel_scale).items()}
+
+
+@pytest.mark.parametrize(
+    ("size", "edges"),
+    [
+        (8, [1, 4]),
+        (32, [1, 4, 8, 16]),
+        (64, [1, 4, 8, 16, 32]),
+        (128, [1, 4, 8, 16, 32, 64]),
+        (150, [1, 4, 8, 16, 32, 64, 75]),
+    ],
+)
+def test_bands_reach_to_the_smallest_scales_of_an_image_of_any_size(size, edges):
+    pairs = list(pairwise(edges))
+    assert physics.bands(size) == {f"{low}_{high}": (low, high) for low, high in pairs}
+    found = physics.describe(torch.rand(2, 1, size, size))
+    assert [name for name in found if name.startswith("power_")] == [f"power_{low}_{high}" for low, high in pairs]
+    assert set(physics.titles(size, "pixels")) == set(found)
+
+
+@pytest.mark.parametrize(("size", "channels"), [(32, 1), (75, 1), (128, 3), (150, 16)])
+def test_a_ring_is_as_wide_in_any_number_of_pixels_and_channels(size, channels):
+    """Of other data lengths are in pixels; several channels count as their mean."""
+    axis = np.arange(size) - (size - 1) / 2
+    radius = np.hypot(axis[:, None], axis[None])
+    ring = np.exp(-((radius - 0.3 * size) ** 2) / (2 * (0.05 * size) ** 2))
+    brightness = np.linspace(0.5, 1, channels)[:, None, None]
+    found = described(brightness * ring, pixel_scale=1.0)
+    assert found["ring_radius"] == pytest.approx(0.3 * size, abs=0.15)
+    assert found["ring_width"] == pytest.approx(0.05 * size, abs=0.15)
+    assert found["flux_over_peak"] == pytest.approx(ring.sum() / ring.max(), rel=1e-4)
+
+
+def test_the_pixel_scale_is_that_of_the_recipe_or_one():
+    assert pixel_scale_of(MODEL_II.classes, MODEL_II.image_shape) == (0.101, "arcsec")
+    for classes, shape in ((("cdm", "wdm"), (1, 64, 64)), (MODEL_II.classes, (1, 128, 128))):
+        assert recipe_of(classes, shape) is None
+        assert pixel_scale_of(classes, shape) == (1.0, "pixels")
 
 
 def test_ring_radius_and_width_of_a_gaussian_ring():
@@ -54,7 +95,7 @@ def test_knots_are_counted_and_the_brightest_has_its_angle():
     found = described(image)
     assert found["knot_count"] == 3  # the faintest is none
     assert found["knot_angle"] == pytest.approx(math.pi / 4, abs=0.06)
-    assert found["flux_over_peak"] == pytest.approx(2.2 * 2 * math.pi * 0.15**2 / physics.PIXEL_SCALE**2, rel=0.05)
+    assert found["flux_over_peak"] == pytest.approx(2.2 * 2 * math.pi * 0.15**2 / SCALE**2, rel=0.05)
 
 
 def test_an_empty_image_gives_finite_numbers():

@@ -61,3 +61,22 @@ def test_names_of_folders_are_shown_as_they_are(tmp_path):
         ]
     ):
         plots.save(figure, tmp_path / f"{number}.png")
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, (8, 8)), (2, (8, 8)), (3, (8, 8, 3)), (5, (8, 8))])
+def test_three_channels_are_shown_in_colour_and_others_as_their_mean(channels, shown):
+    images = np.random.default_rng(0).random((2, channels, 8, 8))
+    figure = plots.image_grid({"a": images, "difference": images - 0.5}, signed={"difference"})
+    image, _, difference, _ = (axes.images[0].get_array() for axes in figure.axes)
+    assert image.shape == shown
+    np.testing.assert_allclose(image, np.moveaxis(images[0], 0, 2) if channels == 3 else images[0].mean(0))
+    np.testing.assert_allclose(difference, images[0].mean(0) - 0.5, atol=1e-12)
+
+
+@pytest.mark.parametrize("classes", [("lens",), ("a$b", "c$d"), tuple("abcdefghij")])
+def test_pictures_are_of_any_number_of_classes(classes, tmp_path):
+    curves = {name: {"real": np.ones((3, 5))} for name in classes}
+    values = {name: {"real": np.ones(3)} for name in classes}
+    plots.save(plots.bands(np.arange(5), curves, "x", "y"), tmp_path / "bands.png")
+    plots.save(plots.histograms(values, "x"), tmp_path / "histograms.png")
+    plots.save(plots.confusion_matrix(np.eye(len(classes), dtype=int), classes), tmp_path / "confusion.png")

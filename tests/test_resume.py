@@ -1,7 +1,6 @@
 """A run comes back after a kill, a signal, a full disk or a bad number just where it was, and says what went wrong."""
 
 import errno
-import multiprocessing
 import os
 import shutil
 import signal
@@ -11,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_TRAINING, history_of, run_script
-from kill_training import kill_and_compare, same, train_and_watch
+from kill_training import forkserver, kill_and_compare, same, train_and_watch
 
 import settings
 from files import whole
 from models import flow
 from models.checkpoint import load_checkpoint, save_checkpoint
+from models.generator import build_generator
+from train import run as train_run
 from train import train_diffusion
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def final(run):
@@ -41,7 +44,7 @@ def straight(lens_data, tmp_path_factory):
 @pytest.mark.parametrize(
     ("training", "kills"),
     [
-        ("diffusion", 20),
+        ("diffusion", 8),
         ("classifier", 1),
         pytest.param("diffusion", 500, marks=pytest.mark.long),
         pytest.param("classifier", 20, marks=pytest.mark.long),
@@ -54,17 +57,18 @@ def test_a_run_killed_anywhere_and_resumed_ends_bit_for_bit_as_one_that_was_not(
 
 
 def at_step(step, do):
-    """A loss that does something in a step, of 7 an epoch."""
+    """A loss that does something to the velocity in a step, of 7 an epoch."""
     calls = []
 
-    def loss(velocity, *args, original=flow.velocity_loss):
-        if torch.is_grad_enabled():  # not in validation
+    def to_velocity(*args, original=flow.to_velocity):
+        velocity = original(*args)
+        if torch.is_grad_enabled():  # not in validation, nor to generate
             calls.append(1)
             if len(calls) == step:
-                velocity = do(velocity)
-        return original(velocity, *args)
+                return do(velocity)
+        return velocity
 
-    return loss
+    return to_velocity
 
 
 def signalled(number):
@@ -78,7 +82,7 @@ def signalled(number):
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 10), (signal.SIGINT, 1), (signal.SIGHUP, 8)])
 def test_a_signal_saves_and_the_run_goes_on_from_there(straight, train, monkeypatch, capsys, number, step):
     with monkeypatch.context() as patch:
-        patch.setattr(flow, "velocity_loss", at_step(step, signalled(number)))
+        patch.setattr(flow, "to_velocity", at_step(step, signalled(number)))
         run = train()
     names = [path.name for path in (run / "dit_conditional_ckpts").glob("*step*")]
     assert names == [f"dit_conditional_step_{step - 1}.pt"]
@@ -91,12 +95,13 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(straight, train, monkeypa
 
 
 def test_a_second_signal_ends_at_once(train, monkeypatch):
-    def pressed_twice(*args):
+    def pressed_twice(velocity):
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a run before in this process has set its own
-    monkeypatch.setattr(flow, "velocity_loss", pressed_twice)
+    monkeypatch.setattr(flow, "to_velocity", at_step(1, pressed_twice))
     with pytest.raises(KeyboardInterrupt):
         train()
 
@@ -127,7 +132,7 @@ def test_within_an_epoch_too_and_with_batches_of_any_size(train, monkeypatch, tm
     """Step 12 of 7 an epoch is farther than step 20 of 14 an epoch."""
     for steps, size in ((12, 16), (20, 8)):
         with monkeypatch.context() as patch:
-            patch.setattr(flow, "velocity_loss", at_step(steps + 1, signalled(signal.SIGTERM)))
+            patch.setattr(flow, "to_velocity", at_step(steps + 1, signalled(signal.SIGTERM)))
             train(tmp_path / str(steps), BATCH_SIZE=size)
     first, second = (checkpoints_of(tmp_path / str(steps)) for steps in (12, 20))
     content = load_checkpoint(second["dit_conditional_step_20.pt"])
@@ -142,7 +147,7 @@ def test_a_new_run_neither_picks_up_nor_removes_an_older_one(straight, train, mo
     run = train()
     before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:  # killed before its first checkpoint
-        patch.setattr(flow, "velocity_loss", at_step(3, lambda velocity: 1 / 0))
+        patch.setattr(flow, "to_velocity", at_step(3, lambda velocity: 1 / 0))
         with pytest.raises(ZeroDivisionError):
             train(RESUME="never", SEED=1)
     assert f"What an earlier run has left in {run} is in {run / 'earlier_1'} now" in capsys.readouterr().out
@@ -162,7 +167,7 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(straight, train, monkey
     path = checkpoints_of(other)["dit_conditional_epoch_2.pt"]
     capsys.readouterr()
     with monkeypatch.context() as patch:  # killed before a checkpoint of its own
-        patch.setattr(flow, "velocity_loss", at_step(1, lambda velocity: 1 / 0))
+        patch.setattr(flow, "to_velocity", at_step(1, lambda velocity: 1 / 0))
         with pytest.raises(ZeroDivisionError):
             train(RESUME=str(path))
     assert "dit_conditional_epoch_2.pt is at epoch 2, going on" in capsys.readouterr().out
@@ -178,8 +183,8 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(straight, train, monkey
         ):
             train(RESUME=wrong)
     assert final(run)
-    with pytest.raises(settings.InputError, match=r"nanodit_s64.safetensors holds no state to go on from"):
-        train(RESUME=str(settings.ROOT / "weights" / "nanodit_s64.safetensors"))
+    with pytest.raises(settings.InputError, match=r"component_mlp.safetensors holds no state to go on from"):
+        train(RESUME=str(settings.ROOT / "weights" / "component_mlp.safetensors"))
 
 
 def test_what_is_no_number_in_a_checkpoint_is_named_and_names_of_compiled_modules_load(straight, train, tmp_path):
@@ -219,17 +224,19 @@ def test_the_earlier_run_stays_where_it_is_when_the_new_one_cannot_begin(train, 
     assert not (run / "earlier_1").exists()
 
 
-def test_the_checkpoint_of_another_script_is_not_gone_on_from(train, checkpoint, tmp_path, capsys):
-    teacher = ["--checkpoint_path", checkpoint, "--num_ode_steps", 2, "--teacher_steps", 4, "--noises_per_epoch", 32]
-    teacher += ["--batch_size", 32, "--epochs", 1]
-    run = train(EPOCHS=1)
+def test_the_checkpoint_of_another_script_is_not_gone_on_from(train, classifier_run, lens_data, tmp_path, capsys):
+    of_classifier = classifier_run / "classifier_ckpts" / "resnet18_epoch_2.pt"
+    complaint = r"_epoch_2.pt is of train/train_classifier.py: choose another --output_dir, or checkpoint"
+    (tmp_path / "mixed" / "dit_conditional_ckpts").mkdir(parents=True)
+    shutil.copy(of_classifier, tmp_path / "mixed" / "dit_conditional_ckpts" / "dit_conditional_epoch_2.pt")
+    for output, constants in (("mixed", {}), ("new", {"RESUME": str(of_classifier)})):
+        with pytest.raises(settings.InputError, match=complaint):
+            train(tmp_path / output, **constants)
+    of_generator = checkpoints_of(train(EPOCHS=1))["dit_conditional_final.pt"]
+    flags = ["--data_dir", lens_data, "--output_dir", tmp_path / "c", "--batch_size", 16, "--resume", of_generator]
     with pytest.raises(SystemExit):
-        run_script("train/distill.py", *teacher, "--output_dir", run)
+        run_script("train/train_classifier.py", *flags)
     assert "final.pt is of train/train_diffusion.py: choose another --output_dir" in capsys.readouterr().err
-    run_script("train/distill.py", *teacher, "--output_dir", tmp_path / "student")
-    for constants in ({}, {"RESUME": str(tmp_path / "student" / "dit_conditional_ckpts" / "dit_conditional_final.pt")}):
-        with pytest.raises(settings.InputError, match=r"final.pt is of train/distill.py: choose another"):
-            train(tmp_path / "student" if not constants else tmp_path / "new", **constants)
 
 
 def test_a_published_checkpoint_in_the_folder_is_one_line(train, tmp_path):
@@ -263,7 +270,7 @@ def test_other_images_are_named(train, data_copy, capsys):
 def test_the_loss_of_an_epoch_is_that_of_its_images_whatever_the_batches(train, monkeypatch, tmp_path):
     """Seven steps of 15 or 16 images, of which three are done with a loss of 1; the rest has 2, in batches of 8."""
     value = [1.0]
-    monkeypatch.setattr(flow, "velocity_loss", lambda velocity, *args: velocity.sum() * 0 + value[0])
+    monkeypatch.setattr(flow, "objective", lambda network, z, noise, *args: network(z, *args[:2]).sum() * 0 + value[0])
     with monkeypatch.context() as patch:
         patch.setattr(settings, "stop_on_signal", lambda: iter([False] * 3 + [True]).__next__)
         train()
@@ -281,18 +288,18 @@ def test_the_loss_of_an_epoch_is_that_of_its_images_whatever_the_batches(train, 
 def test_a_run_of_any_length_loses_minutes_at_most(train, monkeypatch):
     """With a clock that ticks half a minute a step, over 4 epochs of 7 steps without a checkpoint of their own."""
     clock, saved = [0.0], []
-    monkeypatch.setattr("train.safety.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("train.run.time.monotonic", lambda: clock[0])
 
-    def tick(velocity, *args, original=flow.velocity_loss):
+    def tick(*args, original=flow.objective):
         clock[0] += 30 * torch.is_grad_enabled()
-        return original(velocity, *args)
+        return original(*args)
 
-    def save(path, original=train_diffusion.save_checkpoint, **content):
-        saved.append(content["global_step"])
+    def save(path, original=save_checkpoint, **content):
+        saved.append(7 * content["epoch"] + content["step_in_epoch"])
         original(path, **content)
 
-    monkeypatch.setattr(flow, "velocity_loss", tick)
-    monkeypatch.setattr(train_diffusion, "save_checkpoint", save)
+    monkeypatch.setattr(flow, "objective", tick)
+    monkeypatch.setattr(train_run, "save_checkpoint", save)
     run = train(CHECKPOINT_SAVE_INTERVAL=10, **{"CHECKPOINT_SAVE_MINUTES": 3.0})
     assert saved == [5, 11, 17, 23, 28]
     assert list(checkpoints_of(run)) == ["dit_conditional_final.pt"]
@@ -335,11 +342,10 @@ def test_a_changed_number_is_found(tmp_path):
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, "26"), (2, "256"), (4, "23456"), (9, "123456")])
 def test_the_newest_checkpoints_and_the_best_are_kept(train, monkeypatch, keep, kept):
-    losses = iter([5.0, 1.0, 4.0, 3.0, 2.0, 6.0])
+    losses = iter([9.0, 5.0, 1.0, 4.0, 3.0, 2.0, 6.0])  # the first one is that of an untrained network
     monkeypatch.setattr(train_diffusion, "validation_loss", lambda *args: next(losses) if len(args) == 3 else 9.0)
-    run = train(
-        EPOCHS=6, CHECKPOINT_SAVE_INTERVAL=1, CHECKPOINT_SAVE_MINUTES=1e-3, KEEP_CHECKPOINTS=keep, SAMPLE_INTERVAL=9
-    )
+    saving = {"CHECKPOINT_SAVE_INTERVAL": 1, "CHECKPOINT_SAVE_MINUTES": 1e-3, "KEEP_CHECKPOINTS": keep}
+    run = train(EPOCHS=6, BATCH_SIZE=54, SAMPLE_INTERVAL=9, **saving)
     names = sorted(path.name for path in (run / "dit_conditional_ckpts").iterdir())
     assert names == [f"dit_conditional_{name}.pt" for name in (*(f"epoch_{n}" for n in kept), "final")]
 
@@ -354,13 +360,12 @@ def test_damaged_checkpoints_do_not_count_among_the_newest(train):
 
 def test_validation_is_of_the_same_noise_every_time_and_of_all_classes(train, generator_run, lens_data):
     from dataset import NpyDataset
-    from models.checkpoint import build_generator
 
     model = build_generator(final(generator_run), "final")
     validation = NpyDataset(lens_data, None, "val")
-    first = train_diffusion.validation_loss(model, validation, flow.T_FLOOR)
+    first = train_diffusion.validation_loss(model, model.network, validation)
     torch.rand(3)
-    assert train_diffusion.validation_loss(model, validation, flow.T_FLOOR) == first
+    assert train_diffusion.validation_loss(model, model.network, validation) == first
     assert first == pytest.approx(history_of(generator_run)[-1]["val_loss"])
 
 
@@ -447,7 +452,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_previous_checkpoint_whol
 def test_a_loss_that_is_lost_ends_the_run_with_the_checkpoint_of_a_sound_one(train, monkeypatch, tmp_path, value):
     """That of step 5 is lost: the weights that it was computed with, those of step 4, are not kept."""
     with monkeypatch.context() as patch:
-        patch.setattr(flow, "velocity_loss", at_step(5, lambda velocity: velocity * value))
+        patch.setattr(flow, "to_velocity", at_step(5, lambda velocity: velocity * value))
         found = r"step 5: loss \S+( and gradient norm \S+)?, where an untrained network has a loss of \S+\. "
         advice = r"Halve LEARNING_RATE 0.002 and run again, which goes on from \S+step_3.pt, whose loss was sound"
         with pytest.raises(settings.InputError, match=found + advice):
@@ -475,10 +480,17 @@ def test_a_run_that_diverges_goes_on_when_its_advice_is_followed(train, capsys, 
     assert all(value.isfinite().all() for value in content["model_state_dict"].values())
 
 
-def test_a_classifier_that_diverges_goes_on_when_its_advice_is_followed(lens_data, tmp_path, capsys):
-    flags = ["--image_size", 32, "--batch_size", 16, "--pretrained", "false", "--epochs", 2, "--data_dir", lens_data]
-    flags += ["--output_dir", tmp_path, "--checkpoint_save_minutes", 0, "--scratch_learning_rate"]
-    rate, status = 1e3, 1
+@pytest.mark.parametrize(
+    ("size", "first"),
+    [
+        (["--image_size", 8, "--batch_size", 36, "--epochs", 1], 0.125),
+        pytest.param(["--image_size", 32, "--batch_size", 16, "--epochs", 2], 1e3, marks=pytest.mark.long),
+    ],
+)
+def test_a_classifier_that_diverges_goes_on_when_its_advice_is_followed(lens_data, tmp_path, capsys, size, first):
+    flags = [*size, "--pretrained", "false", "--data_dir", lens_data, "--output_dir", tmp_path]
+    flags += ["--checkpoint_save_minutes", 0, "--scratch_learning_rate"]
+    rate, status = first, 1
     while status:
         try:
             run_script("train/train_classifier.py", *flags, rate)
@@ -487,7 +499,7 @@ def test_a_classifier_that_diverges_goes_on_when_its_advice_is_followed(lens_dat
             assert f"Halve SCRATCH_LEARNING_RATE {rate:g} and run again, which " in capsys.readouterr().err
             rate /= 2
         assert rate > 1e-4
-    assert rate < 1e3
+    assert rate < first / 2
     assert (tmp_path / "classifier_ckpts" / "resnet18_best.pt").exists()
 
 
@@ -495,9 +507,9 @@ def test_a_classifier_that_diverges_goes_on_when_its_advice_is_followed(lens_dat
 def test_weights_worse_than_untrained_ones_are_no_checkpoint_of_an_epoch(train, monkeypatch, tmp_path, capsys, last):
     original = train_diffusion.validation_loss
 
-    def bad_weights(model, dataset, t_floor, velocity=None, most=512):
-        found = original(model, dataset, t_floor, velocity, most)
-        return 200 * found if velocity == model.forward and (len(history_of(tmp_path / "run")) == 4) == last else found
+    def bad_weights(generator, network, *args):
+        found, to_be_saved = original(generator, network, *args), network == generator.network.forward
+        return 200 * found if to_be_saved and (len(history_of(tmp_path / "run")) == 4) == last else found
 
     monkeypatch.setattr(train_diffusion, "validation_loss", bad_weights)
     if last:  # the one of before is not lost
@@ -512,17 +524,17 @@ def test_weights_worse_than_untrained_ones_are_no_checkpoint_of_an_epoch(train, 
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_too(train, monkeypatch):
-    def infinite_slope(velocity, *args):
-        return (velocity * 0).sqrt().sum()
+    def infinite_slope(network, x, noise, t, labels, *args):
+        return (network(x, t, labels) * 0).sqrt().sum()
 
-    monkeypatch.setattr(flow, "velocity_loss", infinite_slope)
+    monkeypatch.setattr(flow, "objective", infinite_slope)
     with pytest.raises(settings.InputError, match="step 1: loss 0 and gradient norm nan"):
         train()
 
 
 def test_a_run_stopped_by_a_bad_number_goes_on_with_a_lower_rate(straight, train, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(flow, "velocity_loss", at_step(5, lambda velocity: velocity * float("nan")))
+        patch.setattr(flow, "to_velocity", at_step(5, lambda velocity: velocity * float("nan")))
         with pytest.raises(settings.InputError):
             train(CHECKPOINT_SAVE_MINUTES=0)
     run = train(LEARNING_RATE=1e-3)
@@ -547,14 +559,15 @@ def test_the_classifier_stops_at_a_loss_that_is_no_number(lens_data, tmp_path, m
 def test_steps_that_float16_skips_are_counted(train, monkeypatch, capsys):
     calls = []
 
-    def overflows_twice(velocity, *args, original=flow.velocity_loss):
+    def overflows_twice(*args, original=flow.to_velocity):
+        velocity = original(*args)
         calls.append(torch.is_grad_enabled())
         if calls[-1] and sum(calls) in (3, 10):
             velocity.register_hook(lambda gradient: gradient * float("inf"))
-        return original(velocity, *args)
+        return velocity
 
     usual = history_of(train(AMP_DTYPE="float16", EPOCHS=2, RESUME="never"))  # a first step may overflow by itself
-    monkeypatch.setattr(flow, "velocity_loss", overflows_twice)
+    monkeypatch.setattr(flow, "to_velocity", overflows_twice)
     rows = history_of(train(AMP_DTYPE="float16", EPOCHS=2, RESUME="never"))
     assert [row["skipped_steps"] - other["skipped_steps"] for row, other in zip(rows, usual, strict=True)] == [1, 1]
     assert "steps skipped in float16" in capsys.readouterr().out
@@ -572,7 +585,7 @@ def test_out_of_memory_names_what_to_try_next(lens_data, tmp_path, monkeypatch, 
     def no_memory(*args):
         raise error
 
-    monkeypatch.setattr(flow, "velocity_loss", no_memory)
+    monkeypatch.setattr(flow, "objective", no_memory)
     flags = [*TINY_TRAINING, "--data_dir", lens_data, "--output_dir", tmp_path, "--accumulate_steps", 2]
     with pytest.raises(SystemExit) as ended:
         run_script("train/train_diffusion.py", *flags)
@@ -599,8 +612,8 @@ def test_accumulating_keeps_the_effective_batch(straight, train, parts):
 
 @pytest.mark.parametrize("steps", [2000, pytest.param(20000, marks=pytest.mark.long)])
 def test_memory_and_open_files_do_not_grow(lens_data, tmp_path, steps):
-    """In a process of its own, from step 200 on."""
-    context = multiprocessing.get_context("forkserver")
+    """In a process of its own, from step 1000 on: then it has done all there is to do."""
+    context = forkserver()
     receiver, sender = context.Pipe()
     flags = [*map(str, TINY_TRAINING), "--data_dir", str(lens_data), "--output_dir", str(tmp_path)]
     flags += ["--batch_size", "1", "--epochs", str(steps // 108 + 1), "--sample_interval", "5"]  # 108 steps an epoch
@@ -610,5 +623,5 @@ def test_memory_and_open_files_do_not_grow(lens_data, tmp_path, steps):
     early, end = receiver.recv(), receiver.recv()
     process.join()
     assert end["steps"] >= steps
-    assert abs(end["memory"] / early["memory"] - 1) < 0.02
+    assert abs(end["memory"] / early["memory"] - 1) < 0.01
     assert end["files"] <= early["files"]

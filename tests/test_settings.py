@@ -13,8 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
+import nanodit_path
 import settings
 
 SCRIPTS = sorted(
@@ -174,6 +178,124 @@ def test_numbers_of_numpy_and_torch_are_numbers(value, kind, expected):
     assert type(found) is type(expected)
     with pytest.raises(settings.InputError, match="steps: "):
         settings.checked("steps", np.array([2]), kind)
+
+
+VALUES = {
+    "BATCH_SIZE": st.integers(-3, 10**9 + 3),
+    "LEARNING_RATE": st.floats() | st.integers(-3, 3),
+    "DROPOUT": st.floats(-1, 2),
+    "COMPILE": st.booleans(),
+    "SEED": st.integers(-3, 3),
+    "DATA_DIR": st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+    "MODE": st.sampled_from([None, "a", "b", "c"]),
+}
+
+
+@hypothesis_settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(st.sampled_from(sorted(VALUES)).flatmap(lambda name: st.tuples(st.just(name), VALUES[name])))
+def test_a_value_means_the_same_in_a_script_in_a_recipe_and_as_a_flag(script, named):
+    name, value = named
+    found = []
+    for where in ("script", "recipe", "flag"):
+        copy, recipes = script.copy(), {"r": {"script": {name: value} if where == "recipe" else {}}}
+        if where == "script":
+            copy[name] = value
+        try:
+            settings.from_flags(copy, [f"--{name.lower()}={value}"] if where == "flag" else [], recipes=recipes)
+        except SystemExit as stopped:
+            found.append(stopped.code)
+        else:
+            found.append(copy[name])
+    if name == "DATA_DIR" and value:
+        assert found == [str(ROOT / value), str(ROOT / value), value]
+    else:
+        assert found[0] == found[1] == found[2]
+        assert found[0] in (2, value)
+
+
+# Recipes
+
+
+SETS = {
+    "published": {"script": {}, "other": {}},
+    "small": {"script": {"BATCH_SIZE": 16, "LEARNING_RATE": 2e-3, "DATA_DIR": "mine", "WEIGHTS_PATH": None}},
+    "elsewhere": {"other": {"BATCH_SIZE": 32}},
+}
+
+
+def test_a_flag_overrides_a_recipe_and_a_recipe_a_constant(script):
+    before = settings.constants(script)
+    origins = settings.from_flags(script, ["--recipe", "small", "--batch_size", "8", "--seed", "3"], recipes=SETS)
+    by_recipe = {"LEARNING_RATE": 2e-3, "DATA_DIR": str(ROOT / "mine"), "WEIGHTS_PATH": None}
+    assert settings.constants(script) == before | by_recipe | {"BATCH_SIZE": 8, "SEED": 3}
+    assert origins == dict.fromkeys(by_recipe, "recipe small") | {"BATCH_SIZE": "flag", "SEED": "flag"}
+
+
+@pytest.mark.parametrize("flags", [[], ["--recipe", "published"]])
+def test_the_first_recipe_is_the_default(script, flags):
+    before = settings.constants(script)
+    assert settings.from_flags(script, flags, recipes=SETS) == {}
+    assert settings.constants(script) == before | {"DATA_DIR": str(ROOT / "data")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "recipes", "complaint"),
+    [
+        ("--recipe none", SETS, "argument --recipe: invalid choice: 'none' (choose from"),
+        ("--recipe elsewhere", SETS, "argument --recipe: invalid choice: 'elsewhere' (choose from"),
+        ("--recipe", SETS, "expected one argument"),
+        ("--recipe small", None, "unrecognized arguments: --recipe small"),
+        ("--recipe elsewhere", {"elsewhere": SETS["elsewhere"]}, "unrecognized arguments: --recipe elsewhere"),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_one_line(script, capsys, flags, recipes, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        settings.from_flags(script, flags.split(), recipes=recipes)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert complaint in line
+    assert "choose" not in line or all(name in line for name in ("published", "small"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("BATCH_SIZE", 0, "0 is not a number from 1 to"),
+        ("BATCH_SIZE", 16.0, "16.0 is not a whole number"),
+        ("LEARNING_RATE", "fast", "'fast' is not a number"),
+        ("COMPILE", 1, "1 is not true or false"),
+        ("MODE", "c", "'c' is not one of None, a, b"),
+        ("DATA_DIR", "", "a path is empty"),
+        ("WEIGHTS_PATH", 3, "3 is not a text"),
+        ("EPOCHS", 3, r"script\.py has no such constant"),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--batch_size", "3"]])
+def test_a_recipe_is_checked_as_a_script_is(script, capsys, name, value, complaint, flags):
+    """Even where a flag overrides it."""
+    with pytest.raises(SystemExit) as stopped:
+        settings.from_flags(script, ["--recipe", "bad", *flags], recipes={"bad": {"script": {name: value}}})
+    assert stopped.value.code == 2
+    assert re.fullmatch(rf"recipe bad: {name} = .*: .*{complaint}.*\n", capsys.readouterr().err)
+
+
+def test_the_settings_that_are_printed_say_who_set_them(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--recipe", "small", "--batch_size", "8"])
+    settings.run(lambda: None, script, recipes=SETS)
+    line = capsys.readouterr().out
+    assert line.startswith("settings: BATCH_SIZE 8 (flag), LEARNING_RATE 0.002 (recipe small), DATA_DIR ")
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    settings.run(lambda: None, script, recipes=SETS)
+    assert not capsys.readouterr().out
+
+
+def test_help_names_the_recipes(script, capsys):
+    with pytest.raises(SystemExit):
+        settings.from_flags(script, ["--help"], recipes=SETS)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a named set of constants: published, small; other flags override it [published]" in text
 
 
 def test_a_required_constant_must_be_given(script, capsys):
@@ -367,8 +489,8 @@ def test_the_scripts_are_those_that_the_readme_names():
         "evaluate/estimate_cost.py",
         "evaluate/evaluate_classify.py",
         "evaluate/evaluate_fld.py",
+        "evaluate/gpu_reference.py",
         "simulate/simulate_lenses.py",
-        "train/distill.py",
         "train/export_weights.py",
         "train/train_classifier.py",
         "train/train_diffusion.py",
@@ -391,11 +513,41 @@ def test_every_constant_of_every_script_has_a_comment(script_path):
         assert re.search(rf"^{name}\b.*#", source, re.M), f"{script_path}: {name} has no comment"
 
 
-@pytest.mark.parametrize("script_path", SCRIPTS)
-def test_scripts_run_from_any_folder(script_path, tmp_path):
-    command = [sys.executable, str(ROOT / script_path)]
-    helped = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+def lists_every_constant(script_path, text):
     for name in re.findall(r"^([A-Z][A-Z0-9_]*)(?::[^=\n]*)? = ", (ROOT / script_path).read_text(), re.M):
-        assert f"--{name.lower()} " in helped.stdout
-    assert Path(tmp_path).exists()
+        assert f"--{name.lower()} " in text
+
+
+def of_this_repository():
+    return [name for name in sys.modules if name.split(".")[0] in nanodit_path._NAMES]
+
+
+@pytest.mark.parametrize("script_path", SCRIPTS)
+def test_scripts_run_from_any_folder(script_path, tmp_path, monkeypatch, capsys):
+    """With nothing of this repository imported or on the path, as when Python starts."""
+    path = [str((ROOT / script_path).parent), *(place for place in sys.path if Path(place).resolve() != ROOT)]
+    monkeypatch.setattr(sys, "path", path)
+    monkeypatch.chdir(tmp_path)
+    imported = {name: sys.modules.pop(name) for name in of_this_repository()}
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run_script(script_path, "--help")
+    finally:
+        for name in of_this_repository():
+            del sys.modules[name]
+        sys.modules.update(imported)
+    assert stopped.value.code == 0
+    lists_every_constant(script_path, capsys.readouterr().out)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "script_path",
+    [path if path.startswith("simulate") else pytest.param(path, marks=pytest.mark.long) for path in SCRIPTS],
+)
+def test_scripts_start_in_any_folder(script_path, tmp_path):
+    """The same in a process of their own."""
+    command = [sys.executable, str(ROOT / script_path), "--help"]
+    helped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    lists_every_constant(script_path, helped.stdout)
     assert not list(tmp_path.iterdir())

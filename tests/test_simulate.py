@@ -12,12 +12,15 @@ import pytest
 import torch
 from astropy.table import Table
 from conftest import DATA, ROOT, run_script
+from lenstronomy.LensModel.lens_model import LensModel
 from scipy import stats
 
 from dataset import normalize
-from evaluate.two_sample import told_apart
+from metrics.two_sample import c2st
 from settings import InputError
-from simulate import simulate_lenses as sim
+from simulate import model_ii as sim
+from simulate import simulate_lenses
+from simulate.recipes import MODEL_II
 from simulate.vectorized import render_many
 
 
@@ -29,6 +32,17 @@ def test_images_equal_the_published_codes_parameter_for_parameter():
         assert len(points) == {"axion": 100, "cdm": 25, "no_sub": 0}[kind]
         image = sim.render(check["source_xy_arcsec"][i], points[:, 0], points[:, 1:])
         np.testing.assert_allclose(image / image.max(), check["image_over_peak"][i], rtol=0, atol=1e-9)
+
+
+def test_the_facts_of_the_recipe_are_those_of_its_images():
+    image_model = sim.telescope(0)[1]
+    assert image_model.Data.pixel_width == pytest.approx(MODEL_II.pixel_scale)
+    assert sim.render(np.zeros(2), np.empty(0), np.empty((0, 2))).shape == MODEL_II.image_shape[1:]
+    halo, shear = sim.smooth_lens()
+    x, y = np.array([0.7]), np.array([0.4])
+    alone = LensModel(["SIE", "SHEAR"]).alpha(x, y, [halo, shear])
+    scaled = image_model.LensModel.alpha(x, y, [halo, shear])
+    np.testing.assert_allclose(scaled, MODEL_II.deflection_scale * np.array(alone), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["axion", "cdm", "no_sub"])
@@ -103,7 +117,7 @@ def test_the_table_has_what_each_image_was_made_from(lens_data):
     for row in table[np.asarray(table["index"]) == 5]:
         masses, positions = sim.point_masses(row)
         image = sim.render(row["source_xy"], sim.einstein_radius(masses), positions)
-        np.testing.assert_array_equal(np.load(sim.image_path(lens_data, row)), image.astype(np.float32))
+        np.testing.assert_array_equal(np.load(simulate_lenses.image_path(lens_data, row)), image.astype(np.float32))
 
 
 def test_a_stopped_run_goes_on_without_making_any_image_again(data_copy):
@@ -127,7 +141,7 @@ def test_other_images_and_other_settings_are_not_mixed_in(data_copy, capsys):
         assert "choose another --data_dir" in capsys.readouterr().err
     (data_copy / "parameters.fits").unlink()
     with pytest.raises(InputError, match=r"not simulated here: it holds axion/, cdm/, no_sub/"):
-        sim.reserve_folder(data_copy, sim.parameter_table(1, 0))
+        simulate_lenses.reserve_folder(data_copy, sim.parameter_table(1, 0))
 
 
 @pytest.mark.parametrize("theirs", ["notes.txt", "0.npy", "axion/0.png", "train/axion/0.npy"])
@@ -136,7 +150,7 @@ def test_somebody_elses_folder_is_not_filled(tmp_path, theirs):
     (tmp_path / theirs).touch()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match=f"{tmp_path} was not simulated here: it holds "):
-        sim.reserve_folder(tmp_path, sim.parameter_table(1, 0))
+        simulate_lenses.reserve_folder(tmp_path, sim.parameter_table(1, 0))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -145,11 +159,12 @@ def test_a_damaged_table_is_named(data_copy, size):
     path = data_copy / "parameters.fits"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(InputError, match=f"{path} is damaged: remove {data_copy}"):
-        sim.reserve_folder(data_copy, sim.parameter_table(1, 0))
+        simulate_lenses.reserve_folder(data_copy, sim.parameter_table(1, 0))
 
 
 def test_ctrl_c_leaves_whole_files_and_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "simulate/simulate_lenses.py"), "--data_dir", str(tmp_path)]
+    command += ["--num_per_class", "1000"]  # seconds of work
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what nohup starts ignores Ctrl-C
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stderr=pipe, stdout=pipe, start_new_session=True, preexec_fn=listen)
@@ -171,9 +186,9 @@ def test_ctrl_c_in_the_progress_bar_drops_what_has_not_begun(monkeypatch, tmp_pa
         raise KeyboardInterrupt
 
     for name, value in {"DATA_DIR": tmp_path, "NUM_PER_CLASS": 200, "NUM_WORKERS": 1, "tqdm": bar}.items():
-        monkeypatch.setattr(sim, name, value)
+        monkeypatch.setattr(simulate_lenses, name, value)
     with pytest.raises(KeyboardInterrupt):
-        sim.main()
+        simulate_lenses.main()
     assert len(list(tmp_path.glob("*/*.npy"))) < 200
 
 
@@ -183,7 +198,7 @@ def test_ctrl_c_in_the_progress_bar_drops_what_has_not_begun(monkeypatch, tmp_pa
 def share_told_apart(a: np.ndarray, b: np.ndarray) -> float:
     """Accuracy on held-out images of a network trained to tell two sets of images apart; 0.5 is chance."""
     a, b = (normalize(images[:, None]) for images in (a, b))
-    right, _ = told_apart(a.__getitem__, b.__getitem__, torch.zeros(len(a), dtype=torch.long))
+    right, _ = c2st(a.__getitem__, b.__getitem__, torch.zeros(len(a), dtype=torch.long))
     return right.double().mean().item()
 
 

@@ -12,12 +12,18 @@ from ema_pytorch import EMA
 
 import settings
 from dataset import NpyDataset, diffusion_transforms
-from evaluate.evaluate_fld import generate_image, load_model
 from models import flow
-from models.checkpoint import build_generator, load_checkpoint
-from models.model import SIZES, NanoDiT
+from models.checkpoint import load_checkpoint
+from models.generator import SIZES, Generator, build_generator, build_untrained, generate_image, load_model
+from models.model import NanoDiT
 from settings import InputError
 from train import train_diffusion
+from train.run import seconds_an_image
+
+COMPONENTS = {"MODEL_SIZE": "ComponentMLP-512", "PATCH_SIZE": None, "MODEL_HEADS": None}
+LENSES = ("axion", "cdm", "no_sub")
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def test_every_promised_file_is_there(generator_run):
@@ -47,11 +53,11 @@ def test_the_loss_falls_and_the_csv_has_it(generator_run):
 
 def test_a_checkpoint_holds_all_that_training_needs_and_the_networks_configuration(checkpoint):
     content = load_checkpoint(checkpoint)
-    for part in ("model", "ema", "optimizer", "scheduler", "scaler"):
+    for part in ("model", "ema", "optimizer", "scaler"):
         assert f"{part}_state_dict" in content
-    assert content["epoch"] == 4
-    assert content["global_step"] == 28
-    assert "cpu" in content["random_states"]
+    assert (content["epoch"], content["step_in_epoch"], content["steps_per_epoch"]) == (4, 0, 7)
+    assert content["network"] == "NanoDiT"
+    assert (content["classes"], content["image_shape"]) == (["axion", "cdm", "no_sub"], [1, 64, 64])
     assert NanoDiT(**content["model_config"]).patch_size == 16
     assert flow.Sampler(**content["sampler"]) == flow.Sampler(2, 1.5, "euler", "uniform")
 
@@ -59,10 +65,10 @@ def test_a_checkpoint_holds_all_that_training_needs_and_the_networks_configurati
 def test_samples_come_from_the_ema_weights(train, monkeypatch):
     sampled = []
     monkeypatch.setattr(train_diffusion, "EMA", functools.partial(EMA, update_after_step=0))
-    generate = NanoDiT.generate
-    monkeypatch.setattr(NanoDiT, "generate", lambda model, labels: sampled.append(model) or generate(model, labels))
+    generate = Generator.generate
+    monkeypatch.setattr(Generator, "generate", lambda model, labels: sampled.append(model) or generate(model, labels))
     content = load_checkpoint(train(EPOCHS=1, EMA_BETA=0.99) / "dit_conditional_ckpts" / "dit_conditional_final.pt")
-    weights = sampled[0].state_dict()["final_layer.linear.weight"]
+    weights = sampled[0].network.state_dict()["final_layer.linear.weight"]
     assert torch.equal(weights, content["ema_state_dict"]["ema_model.final_layer.linear.weight"])
     assert not torch.allclose(weights, content["model_state_dict"]["final_layer.linear.weight"])
 
@@ -76,11 +82,18 @@ def test_a_batch_larger_than_the_data_is_one_line(train):
         train(BATCH_SIZE=1000)
 
 
-def test_a_patch_basis_is_fitted_trained_with_and_kept_in_the_checkpoint(train, lens_data):
-    run = train(EPOCHS=2, PATCH_SIZE=64, PATCH_BASIS=32)
+@pytest.fixture
+def few_components(monkeypatch):
+    """The small generator takes 32 components: 108 images do not have more."""
+    monkeypatch.setitem(SIZES, "ComponentMLP-512", SIZES["ComponentMLP-512"] | {"components": 32})
+
+
+def test_components_are_fitted_trained_with_and_kept_in_the_checkpoint(train, lens_data, few_components):
+    run = train(EPOCHS=2, **COMPONENTS)
     assert history_of(run)[1]["val_loss"] < history_of(run)[0]["val_loss"]
     model = load_model(run / "dit_conditional_ckpts" / "dit_conditional_final.pt", "cpu")
     images = NpyDataset(lens_data, None, "train").images
+    assert torch.equal(model.network.standard_deviation, model.codec.standard_deviation)
     lost = (model.decode(model.encode(diffusion_transforms(images))) - images).square().mean().sqrt()
     assert lost < 0.15 * images.std()
     samples = generate_image(model, 1, 2, 1.5, 2)
@@ -94,8 +107,8 @@ def test_a_patch_basis_is_fitted_trained_with_and_kept_in_the_checkpoint(train, 
     [
         ({"PATCH_SIZE": 3}, "patches of 3 must tile 64 pixels"),
         ({"LATENT_DIM": 30}, "a width of 30 must be a multiple of 4"),
-        ({"PATCH_BASIS": 8, "PREDICTION": "velocity"}, 'a patch_basis needs prediction="image"'),
-        ({"PATCH_SIZE": 64, "PATCH_BASIS": 200}, "108 images are too few for a patch basis"),
+        (COMPONENTS | {"PREDICTION": "velocity"}, 'components need prediction="image"'),
+        (COMPONENTS, "108 images are too few for 512 components"),
     ],
 )
 def test_a_network_that_cannot_be_is_one_line(train, constants, message):
@@ -106,7 +119,7 @@ def test_a_network_that_cannot_be_is_one_line(train, constants, message):
 def test_learning_rate_warms_up_and_decays_to_its_minimum(monkeypatch):
     monkeypatch.setattr(train_diffusion, "LEARNING_RATE", 1e-4)
     monkeypatch.setattr(train_diffusion, "MIN_LEARNING_RATE", 1e-6)
-    rates = [train_diffusion.warmup_cosine(step, 10, 110) for step in range(111)]
+    rates = [train_diffusion.warmup_cosine(10, 110, step) for step in range(111)]
     assert rates[0] == pytest.approx(1 / 11)
     assert rates[10] == 1
     assert rates[60] == pytest.approx((1 + 0.01) / 2)
@@ -114,23 +127,30 @@ def test_learning_rate_warms_up_and_decays_to_its_minimum(monkeypatch):
 
 
 def test_a_run_that_cannot_end_names_the_size_that_can(monkeypatch, capsys):
-    seconds = {2: 2.1, 4: 0.5, 8: 0.012, 16: 0.005, 64: 0.002}  # measured on two CPU cores
-    monkeypatch.setattr(train_diffusion, "seconds_an_image", lambda network, device: seconds[network["patch_size"]])
-    cpu = torch.device("cpu")
-    train_diffusion.warn_if_endless(SIZES["NanoDiT-B/2"], 63000 * 600, cpu)
+    seconds = {2: 2.1, 4: 0.5, 8: 0.012, 16: 0.005, None: 0.002}  # measured on two CPU cores
+
+    def measured(generator, batch_size):
+        return seconds[getattr(generator.network, "patch_size", None)]
+
+    monkeypatch.setattr(train_diffusion, "seconds_an_image", measured)
+    published = build_untrained("NanoDiT-B/2", LENSES, (1, 64, 64))
+    train_diffusion.announce(published, 63000 * 600)
     assert capsys.readouterr().out.splitlines() == [
+        "29,283,844 trainable parameters, training on cpu",
         "This run would take about 2.5 years on this machine (cpu).",
-        "--model_size NanoDiT-S/8 would take 5.2 days; its settings are at the top of this script.",
+        "--model_size NanoDiT-S/8 would take 5.2 days; see --recipe for its settings.",
     ]
-    train_diffusion.warn_if_endless(SIZES["NanoDiT-S/8"], 35000, cpu)
-    assert capsys.readouterr().out == ""
-    train_diffusion.warn_if_endless(SIZES["NanoDiT-B/2"], 63000 * 6000, cpu)
-    assert "--model_size NanoDiT-S/64 --epochs" in capsys.readouterr().out
+    train_diffusion.announce(build_untrained("NanoDiT-S/8", LENSES, (1, 64, 64)), 35000)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    train_diffusion.announce(published, 63000 * 6000)
+    assert "--model_size ComponentMLP-512 --epochs" in capsys.readouterr().out
 
 
-def test_a_step_is_timed(monkeypatch):
-    tiny = {"patch_size": 16, "hidden_size": 16, "depth": 1, "num_heads": 1, "prediction": "image"}
-    assert 0 < train_diffusion.seconds_an_image(tiny, torch.device("cpu")) < 1
+@pytest.mark.parametrize(("size", "changes"), [("NanoDiT-S/16", {"depth": 1}), ("ComponentMLP-512", {"depth": 1})])
+def test_a_step_is_timed(size, changes):
+    tiny = build_untrained(size, LENSES, (1, 64, 64), hidden_size=24, **changes)
+    assert 0 < seconds_an_image(tiny, 16) < 1
+    assert all(parameter.grad is None for parameter in tiny.parameters())
 
 
 # The classifier
@@ -148,12 +168,12 @@ def test_the_classifier_writes_what_it_promises(classifier_run):
     assert best["val_accuracy"] == max(row["val_accuracy"] for row in history_of(classifier_run))
 
 
-def test_pretrained_weights_train_the_last_layers_only(lens_data, tmp_path, monkeypatch, capsys):
+def test_pretrained_weights_of_any_wrapper_train_the_last_layers_only(lens_data, tmp_path):
     import torchvision
 
     torch.manual_seed(1)
     weights = torchvision.models.resnet18(num_classes=1000).state_dict()
-    torch.save(weights, tmp_path / "resnet18.pth")
+    torch.save({f"module.{name}": value for name, value in weights.items()}, tmp_path / "resnet18.pth")
     flags = ["--image_size", 32, "--batch_size", 32, "--epochs", 1, "--weights_path", tmp_path / "resnet18.pth"]
     run_script("train/train_classifier.py", *flags, "--data_dir", lens_data, "--output_dir", tmp_path / "run")
     trained = load_checkpoint(tmp_path / "run/classifier_ckpts/resnet18_best.pt")["model_state_dict"]
@@ -163,31 +183,34 @@ def test_pretrained_weights_train_the_last_layers_only(lens_data, tmp_path, monk
     assert trained["fc.weight"].shape == (3, 512)
 
 
-def test_without_weights_and_network_every_layer_is_trained(lens_data, tmp_path, monkeypatch, capsys):
+def test_pretrained_weights_are_numbers(lens_data, tmp_path, capsys):
+    import torchvision
+
+    weights = torchvision.models.resnet18().state_dict()
+    weights["layer1.0.conv1.weight"][0] = float("nan")
+    torch.save(weights, tmp_path / "nan.pth")
+    flags = ["--batch_size", 108, "--data_dir", lens_data, "--weights_path", tmp_path / "nan.pth"]
+    with pytest.raises(SystemExit):
+        run_script("train/train_classifier.py", *flags, "--output_dir", tmp_path)
+    assert "nan.pth: its weights layer1.0.conv1.weight hold NaN or Inf" in capsys.readouterr().err
+
+
+def test_without_weights_and_network_every_layer_is_trained_if_only_for_ten_steps(
+    lens_data, tmp_path, monkeypatch, capsys
+):
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
 
     monkeypatch.setattr("torch.hub.urlopen", no_network)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    flags = ["--image_size", 32, "--batch_size", 32, "--epochs", 1, "--output_dir", tmp_path / "run"]
+    flags = ["--image_size", 8, "--batch_size", 11, "--epochs", 1, "--output_dir", tmp_path / "run"]
     run_script("train/train_classifier.py", *flags, "--data_dir", lens_data)
     out = capsys.readouterr().out
     assert "cannot be fetched (--weights_path takes a file): training from scratch" in out
     assert "11,178,051 trainable parameters" in out
-
-
-def test_pretrained_weights_are_numbers_and_of_any_wrapper(lens_data, tmp_path, capsys):
-    import torchvision
-
-    weights = torchvision.models.resnet18().state_dict()
-    torch.save({f"module.{name}": value for name, value in weights.items()}, tmp_path / "wrapped.pth")
-    weights["layer1.0.conv1.weight"][0] = float("nan")
-    torch.save(weights, tmp_path / "nan.pth")
-    flags = ["--image_size", 8, "--batch_size", 108, "--epochs", 1, "--data_dir", lens_data, "--weights_path"]
-    run_script("train/train_classifier.py", *flags, tmp_path / "wrapped.pth", "--output_dir", tmp_path / "a")
-    with pytest.raises(SystemExit):
-        run_script("train/train_classifier.py", *flags, tmp_path / "nan.pth", "--output_dir", tmp_path / "b")
-    assert "nan.pth: its weights layer1.0.conv1.weight hold NaN or Inf" in capsys.readouterr().err
+    final = load_checkpoint(tmp_path / "run" / "classifier_ckpts" / "resnet18_final.pt")
+    assert final["steps_per_epoch"] == 10  # at which a one-cycle rate can divide by zero
+    assert final["pretrained"] is False
 
 
 def test_a_file_that_is_no_resnet18_is_one_line(lens_data, tmp_path, capsys):
@@ -205,7 +228,7 @@ def test_training_starts_from_the_weights_of_a_checkpoint(checkpoint, lens_data,
     run_script("train/train_diffusion.py", *flags)
     started = load_checkpoint(tmp_path / "dit_conditional_ckpts" / "dit_conditional_final.pt")
     model = build_generator(load_checkpoint(checkpoint), checkpoint)
-    for name, value in model.state_dict().items():
+    for name, value in model.network.state_dict().items():
         assert torch.equal(started["model_state_dict"][name], value), name
     with pytest.raises(SystemExit):
         run_script("train/train_diffusion.py", *flags, "--latent_dim", 64)
@@ -224,7 +247,16 @@ def test_the_size_of_a_network_to_start_from_is_its_own(checkpoint, lens_data, t
     assert torch.equal(trained["pos_embed"], start["pos_embed"])
     with pytest.raises(SystemExit):
         run_script("train/train_diffusion.py", *flags, "--model_size", "NanoDiT-S/8")
-    assert "is of another network, not of patch_size 8, hidden_size 192, depth 6" in capsys.readouterr().err
+    assert (
+        "is of another network, not of hidden_size 192, depth 6, num_heads 3, patch_size 8" in capsys.readouterr().err
+    )
+
+
+def test_a_network_of_other_classes_is_nothing_to_start_from(checkpoint, data_copy, train):
+    (data_copy / "cdm").rename(data_copy / "wdm")
+    message = r"final\.pt is of axion, cdm, no_sub in \(1, 64, 64\), .* of axion, no_sub, wdm in \(1, 64, 64\)"
+    with pytest.raises(InputError, match=message):
+        train(DATA_DIR=str(data_copy), START_PATH=str(checkpoint))
 
 
 def test_a_size_beside_a_named_one_counts_and_is_said(train, capsys):
@@ -241,7 +273,7 @@ def test_a_size_beside_a_named_one_counts_and_is_said(train, capsys):
         ({"CFG_SCALE": 0.0, "LABEL_DROPOUT": 0.0}, "CFG_SCALE 0 needs hidden labels"),
         ({"WARMUP_EPOCHS": 4.0}, "WARMUP_EPOCHS 4 must be less than EPOCHS 4"),
         ({"EMA_UPDATE_EVERY": 29}, "EMA_UPDATE_EVERY 29 is more than all steps"),
-        ({"PATCH_BASIS": 257}, "no such network: a patch of 16x16 pixels has fewer principal components: 257"),
+        ({"MODEL_HEADS": 3}, "no such network: patches of 16 must tile 64 pixels, and a width of 32 must be"),
         ({"BATCH_SIZE": 109}, "--batch_size 109 is more than the 108 training images"),
         ({"MIN_LEARNING_RATE": 0.01}, "MIN_LEARNING_RATE 0.01 is more than LEARNING_RATE 0.002"),
     ],
@@ -260,7 +292,7 @@ def test_settings_that_defeat_each_other_are_named(train, tmp_path, constants, c
         *(("ema_beta", value) for value in (1, 1.5)),
         *(("adam_beta2", value) for value in (1, 1.5)),
         *(("time_median", value) for value in (0, 1)),
-        *(("time_width", 0), ("max_grad_norm", 0), ("img_size", 32), ("num_ode_steps", 0), ("cfg_scale", -1)),
+        *(("time_width", 0), ("max_grad_norm", 0), ("num_ode_steps", 0), ("cfg_scale", -1)),
         *(("prediction", "Image"), ("time_sampling", "Uniform"), ("solver", "Euler")),
     ],
 )
@@ -283,12 +315,6 @@ def test_a_classifier_is_of_a_size_that_can_be_loaded(lens_data, capsys, pixels)
     assert f"{pixels} is not a number from 8 to 1,024" in capsys.readouterr().err
 
 
-def test_a_classifier_of_ten_steps_in_all(lens_data, tmp_path):
-    flags = ["--image_size", 8, "--batch_size", 11, "--epochs", 1, "--pretrained", "false", "--data_dir", lens_data]
-    run_script("train/train_classifier.py", *flags, "--output_dir", tmp_path)
-    assert (tmp_path / "classifier_ckpts" / "resnet18_step_10.pt").exists()
-
-
 @pytest.mark.parametrize("script", ["train_diffusion", "train_classifier"])
 def test_a_class_without_images_ends_a_training_at_its_start(data_copy, tmp_path, capsys, script):
     for path in (data_copy / "axion").glob("*.npy"):
@@ -305,18 +331,26 @@ def test_a_class_without_images_ends_a_training_at_its_start(data_copy, tmp_path
         assert (tmp_path / "run" / "dit_conditional_ckpts" / "dit_conditional_final.pt").exists()
 
 
-def test_a_new_classifier_keeps_the_older_one(classifier_run, lens_data, tmp_path, capsys):
-    run = shutil.copytree(classifier_run, tmp_path / "run")
+def test_a_new_classifier_keeps_the_older_one(classifier_run, lens_data, tmp_path, capsys, monkeypatch):
+    run = shutil.copytree(classifier_run, tmp_path / "run", ignore=shutil.ignore_patterns("*_final.pt"))
     best = (run / "classifier_ckpts" / "resnet18_best.pt").read_bytes()
-    flags = ["--image_size", 32, "--batch_size", 16, "--epochs", 1, "--pretrained", "false", "--data_dir", lens_data]
+    flags = ["--image_size", 8, "--batch_size", 108, "--epochs", 1, "--pretrained", "false", "--data_dir", lens_data]
     run_script("train/train_classifier.py", *flags, "--output_dir", run, "--resume", "never", "--seed", 7)
     assert (run / "earlier_1" / "classifier_ckpts" / "resnet18_best.pt").read_bytes() == best
     assert len(history_of(run)) == 1
-    for path in (run / "classifier_ckpts").glob("resnet18_step_*.pt"):
-        path.unlink()
+    for name in ("epoch_1", "final"):
+        (run / "classifier_ckpts" / f"resnet18_{name}.pt").unlink()
     best = (run / "classifier_ckpts" / "resnet18_best.pt").read_bytes()
-    run_script("train/train_classifier.py", *flags, "--output_dir", run)  # which finds nothing to go on from
+
+    def killed(logits, labels):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", killed)
+    with pytest.raises(ZeroDivisionError):
+        run_script("train/train_classifier.py", *flags, "--output_dir", run)  # which finds nothing to go on from
     assert (run / "earlier_2" / "classifier_ckpts" / "resnet18_best.pt").read_bytes() == best
-    path = next((run / "earlier_1" / "classifier_ckpts").glob("resnet18_step_*.pt"))
-    run_script("train/train_classifier.py", *flags, "--epochs", 3, "--output_dir", tmp_path / "on", "--resume", path)
-    assert f"{tmp_path / 'on' / 'classifier_ckpts' / path.name} is at epoch" in capsys.readouterr().out
+    path = run / "earlier_1" / "classifier_ckpts" / "resnet18_epoch_2.pt"
+    flags += ["--image_size", 32, "--epochs", 3, "--output_dir", tmp_path / "on", "--resume", path]
+    with pytest.raises(ZeroDivisionError):
+        run_script("train/train_classifier.py", *flags)
+    assert f"{tmp_path / 'on' / 'classifier_ckpts' / path.name} is at epoch 2, going on" in capsys.readouterr().out

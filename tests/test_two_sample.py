@@ -1,18 +1,19 @@
-"""The two-sample test finds what differs, and is at chance, with an honest interval, where nothing does."""
+"""The C2ST finds what differs, and is at chance, with an honest interval, where nothing does."""
 
+import pytest
 import torch
 
-from evaluate.metrics import wilson_interval
-from evaluate.two_sample import told_apart
+from metrics.distances import wilson_interval
+from metrics.two_sample import c2st
 
 
-def blobs(n, seed, noise=0.05):
+def blobs(n, seed, noise=0.05, size=64, channels=1):
     """Images of a round blob at a random place, with noise."""
     generator = torch.Generator().manual_seed(seed)
-    centre = torch.rand(n, 2, 1, 1, generator=generator) * 40 + 12
-    axis = torch.arange(64.0)
-    images = torch.exp(-((axis[:, None] - centre[:, :1]) ** 2 + (axis - centre[:, 1:]) ** 2) / 50)
-    return (images + noise * torch.rand(n, 1, 64, 64, generator=generator)).clamp(0, 1)
+    centre = (torch.rand(n, 2, 1, 1, generator=generator) * 40 + 12) * size / 64
+    axis = torch.arange(float(size))
+    images = torch.exp(-((axis[:, None] - centre[:, :1]) ** 2 + (axis - centre[:, 1:]) ** 2) / (50 * (size / 64) ** 2))
+    return (images + noise * torch.rand(n, channels, size, size, generator=generator)).clamp(0, 1)
 
 
 def test_identical_distributions_are_told_apart_by_chance_alone():
@@ -20,7 +21,8 @@ def test_identical_distributions_are_told_apart_by_chance_alone():
     labels = torch.arange(2).repeat_interleave(20)
     shares, covered = [], 0
     for seed in range(20):
-        right, _ = told_apart(blobs(40, 2 * seed).__getitem__, blobs(40, 2 * seed + 1).__getitem__, labels, seed)
+        a, b = (blobs(40, 2 * seed + i, size=32) for i in range(2))  # small, for twenty networks to be trained soon
+        right, _ = c2st(a.__getitem__, b.__getitem__, labels, seed)
         shares.append(right.double().mean().item())
         low, high = wilson_interval(shares[-1], len(right))
         covered += low <= 0.5 <= high
@@ -30,17 +32,30 @@ def test_identical_distributions_are_told_apart_by_chance_alone():
 
 def test_a_little_noise_is_found_at_once():
     labels = torch.zeros(80, dtype=torch.long)
-    right, _ = told_apart(blobs(80, 0, 0.0).__getitem__, blobs(80, 1, 0.01).__getitem__, labels)
+    right, _ = c2st(blobs(80, 0, 0.0).__getitem__, blobs(80, 1, 0.01).__getitem__, labels)
     assert right.double().mean() > 0.95
+
+
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (32, 3), (24, 16), (75, 2), (128, 1)])
+def test_images_of_any_size_and_channels_are_compared(size, channels):
+    labels = torch.zeros(24, dtype=torch.long)
+    a, b = (blobs(24, i, 0.2 * i, size, channels) for i in range(2))
+    right, _ = c2st(a.__getitem__, b.__getitem__, labels)
+    assert right.double().mean() > 0.9
+
+
+def test_a_channel_without_light_is_no_error():
+    dark = torch.cat([blobs(20, 0, size=16), torch.zeros(20, 1, 16, 16)], 1)
+    assert c2st(dark.__getitem__, dark.flip(0).__getitem__, torch.zeros(20, dtype=torch.long))[0].shape == (20,)
 
 
 def test_the_answer_is_by_class_and_reproducible():
     labels = torch.arange(2).repeat_interleave(60)
     a, b = blobs(120, 0), blobs(120, 1)
     b[60:] = b[60:] * 0.5  # only the second class differs
-    right, of_class = told_apart(a.__getitem__, b.__getitem__, labels, seed=1)
+    right, of_class = c2st(a.__getitem__, b.__getitem__, labels, seed=1)
     assert len(right) == 120
     assert right[of_class == 1].double().mean() > 0.95
     assert right[of_class == 0].double().mean() < 0.75
-    again, _ = told_apart(a.__getitem__, b.__getitem__, labels, seed=1)
+    again, _ = c2st(a.__getitem__, b.__getitem__, labels, seed=1)
     assert torch.equal(right, again)

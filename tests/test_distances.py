@@ -10,7 +10,7 @@ from scipy.stats import multivariate_normal, wasserstein_distance
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from evaluate import metrics
+from metrics import distances
 
 
 def gaussian_features(n, mean, variance, seed):
@@ -25,8 +25,8 @@ def test_frechet_distance_of_known_gaussians():
     a = gaussian_features(60, [0.0, 1, 2], [1.0, 4, 9], seed=0)
     b = gaussian_features(80, [1.0, 1, 0], [4.0, 4, 1], seed=1)
     expected = (1 + 0 + 4) + (1 - 2) ** 2 + (2 - 2) ** 2 + (3 - 1) ** 2
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
-    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert distances.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert distances.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("count", [15, 80])
@@ -38,7 +38,7 @@ def test_frechet_distance_is_that_of_torchmetrics(count):
     reference = FrechetInceptionDistance(feature=identity).set_dtype(torch.float64)
     reference.update(a, real=True)
     reference.update(b + 0.3, real=False)
-    assert metrics.frechet_distance(a, b + 0.3) == pytest.approx(reference.compute().item(), rel=1e-6)
+    assert distances.frechet_distance(a, b + 0.3) == pytest.approx(reference.compute().item(), rel=1e-6)
 
 
 def test_a_rotated_covariance_is_not_taken_for_a_diagonal_one():
@@ -49,13 +49,13 @@ def test_a_rotated_covariance_is_not_taken_for_a_diagonal_one():
     turned = turn.numpy() @ covariance @ turn.numpy().T
     eigenvalues = np.linalg.eigvals(covariance @ turned)
     expected = 52 - 2 * np.sqrt(eigenvalues).sum()
-    assert metrics.frechet_distance(a, a @ turn.T) == pytest.approx(expected, rel=1e-6)
+    assert distances.frechet_distance(a, a @ turn.T) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.fixture(params=[2, 1024])
 def rows_at_once(request, monkeypatch):
     """A few rows of a matrix at a time must give what all at once give."""
-    monkeypatch.setattr(metrics, "_ROWS", request.param)
+    monkeypatch.setattr(distances, "_ROWS", request.param)
 
 
 def kernel(x, y):
@@ -70,7 +70,7 @@ def test_kernel_distance_is_the_unbiased_estimate_written_out(rows_at_once):
         within = sum(kernel(x[i], x[j]) for x in (a, b) for i in keep for j in keep if i != j)
         return within / (n * (n - 1)) - 2 * sum(kernel(a[i], b[j]) for i in keep for j in keep) / n**2
 
-    value, error = metrics.kernel_distance(torch.from_numpy(a), torch.from_numpy(b))
+    value, error = distances.kernel_distance(torch.from_numpy(a), torch.from_numpy(b))
     assert value == pytest.approx(estimate(range(7)))
     without_one = [estimate(set(range(7)) - {i}) for i in range(7)]
     assert error == pytest.approx(math.sqrt(6 / 7 * sum((x - np.mean(without_one)) ** 2 for x in without_one)))
@@ -80,9 +80,9 @@ def test_kernel_distance_is_unbiased_and_its_error_honest():
     """Of equal distributions the estimate is zero on average; of distant ones it spreads as its error says."""
     rng = np.random.default_rng(1)
     draw = lambda shift=0.0: torch.from_numpy(rng.normal(shift, 1, (60, 3)))  # noqa: E731
-    same = [metrics.kernel_distance(draw(), draw())[0] for _ in range(200)]
+    same = [distances.kernel_distance(draw(), draw())[0] for _ in range(200)]
     assert abs(np.mean(same)) < 3 * np.std(same) / math.sqrt(len(same))
-    distant = np.array([metrics.kernel_distance(draw(), draw(1.0)) for _ in range(200)])
+    distant = np.array([distances.kernel_distance(draw(), draw(1.0)) for _ in range(200)])
     assert np.mean(distant[:, 1]) == pytest.approx(np.std(distant[:, 0]), rel=0.25)
 
 
@@ -102,7 +102,7 @@ def by_hand(real, other, k):
 def test_precision_recall_density_coverage_of_points_on_a_line(k, rows_at_once):
     real, other = [0.0, 1.0, 2.1, 3.3, 10.0], [0.4, 0.6, 5.0, 40.0]
     column = lambda points: torch.tensor(points, dtype=torch.float64)[:, None]  # noqa: E731
-    found = metrics.precision_recall_density_coverage(column(real), column(other), k)
+    found = distances.precision_recall_density_coverage(column(real), column(other), k)
     assert found == pytest.approx(by_hand(real, other, k))
     if k == 1:  # reaches of real: 1, 1, 1.1, 1.2, 6.7; of other: 0.2, 0.2, 4.4, 35
         assert found == pytest.approx({"precision": 3 / 4, "recall": 4 / 5, "density": 5 / 4, "coverage": 3 / 5})
@@ -121,7 +121,7 @@ def test_the_likelihood_is_that_of_a_mixture_of_gaussians_at_its_most_likely_wid
         return -np.log(sum(multivariate_normal(c, v).pdf(points) for c, v in widths) / 3).mean() / 2
 
     best = minimize(nll, np.zeros(3), train, method="Nelder-Mead", options={"xatol": 1e-4, "fatol": 1e-7}).x
-    of_train, of_test = metrics._negative_log_likelihood(
+    of_train, of_test = distances._negative_log_likelihood(
         torch.from_numpy(centres), torch.from_numpy(train), [torch.from_numpy(x) for x in (train, test)]
     )
     assert of_train == pytest.approx(nll(best, train), abs=1e-4)
@@ -131,9 +131,9 @@ def test_the_likelihood_is_that_of_a_mixture_of_gaussians_at_its_most_likely_wid
 def test_fld_grows_with_the_error_and_its_gap_shows_copies():
     rng = np.random.default_rng(3)
     train, test, other = (torch.from_numpy(rng.normal(size=(300, 6))).float() for _ in range(3))
-    good, gap = metrics.feature_likelihood_divergence(train, test, other)
-    bad, _ = metrics.feature_likelihood_divergence(train, test, other + 2)
-    copied, gap_of_copies = metrics.feature_likelihood_divergence(train, test, train)
+    good, gap = distances.feature_likelihood_divergence(train, test, other)
+    bad, _ = distances.feature_likelihood_divergence(train, test, other + 2)
+    copied, gap_of_copies = distances.feature_likelihood_divergence(train, test, train)
     assert abs(good) < 15
     assert bad > good + 30
     assert copied > good + 30
@@ -142,13 +142,13 @@ def test_fld_grows_with_the_error_and_its_gap_shows_copies():
 
 def test_wasserstein_distances_of_numbers_and_angles():
     a, b = torch.tensor([0.0, 1.0, 3.0]), torch.tensor([5.0, 6.0, 8.0])
-    assert metrics.wasserstein(a, b) == pytest.approx(5)
+    assert distances.wasserstein(a, b) == pytest.approx(5)
     turn = 2 * math.pi
     angles = torch.linspace(0, 1, 50, dtype=torch.float64) ** 2
     for shift in (0.3, 1.0, turn - 0.2, turn + 0.1):  # the way round that is shorter
         expected = min(shift % turn, turn - shift % turn)
-        assert metrics.wasserstein(angles, (angles + shift) % turn, turn) == pytest.approx(expected, abs=1e-6)
-    assert metrics.wasserstein(angles, angles % turn, turn) == pytest.approx(0, abs=1e-12)
+        assert distances.wasserstein(angles, (angles + shift) % turn, turn) == pytest.approx(expected, abs=1e-6)
+    assert distances.wasserstein(angles, angles % turn, turn) == pytest.approx(0, abs=1e-12)
 
 
 def test_the_circular_distance_is_the_best_assignment_around_the_circle():
@@ -158,14 +158,14 @@ def test_the_circular_distance_is_the_best_assignment_around_the_circle():
         shifted = (np.roll(b, k) for k in range(8))
         cost = lambda x, y: np.mean(np.minimum((x - y) % 1, (y - x) % 1))  # noqa: E731
         expected = min(cost(a, order) for order in shifted)
-        assert metrics.wasserstein(torch.from_numpy(a), torch.from_numpy(b), 1.0) == pytest.approx(expected)
+        assert distances.wasserstein(torch.from_numpy(a), torch.from_numpy(b), 1.0) == pytest.approx(expected)
         assert expected <= wasserstein_distance(a, b) + 1e-12
 
 
 def test_wilson_interval_is_the_published_one():
-    assert metrics.wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert metrics.wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-    assert metrics.wilson_interval(1.0, 20)[1] == 1
+    assert distances.wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert distances.wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert distances.wilson_interval(1.0, 20)[1] == 1
 
 
 def test_fld_does_not_depend_on_the_order_of_the_training_images():
@@ -174,5 +174,5 @@ def test_fld_does_not_depend_on_the_order_of_the_training_images():
     classes = torch.arange(2).repeat_interleave(100)[:, None] * 20.0
     train, test, other = (torch.randn(200, 4, generator=random) + classes for _ in range(3))
     mixed = train[torch.randperm(200, generator=random)]
-    by_class, in_any_order = (metrics.feature_likelihood_divergence(x, test, other)[0] for x in (train, mixed))
+    by_class, in_any_order = (distances.feature_likelihood_divergence(x, test, other)[0] for x in (train, mixed))
     assert by_class == pytest.approx(in_any_order, abs=10)
