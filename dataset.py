@@ -37,6 +37,7 @@ from settings import InputError
 Shape = tuple[int, int, int]  # channels, height and width of an image
 
 _SIZES, _MOST_CHANNELS = range(8, 257), 16  # pixels on a side
+_ALL = "overall"  # in tables of metrics, all classes together
 _VERSION = 2  # of the cache; change it when what is read from a file changes
 # Some pixels hide the others when all but 1% on either side have less than this share of the range of an image, or when
 # no pixel has a value in so large a share of it
@@ -396,10 +397,12 @@ def find_classes(root: Path) -> tuple[str, ...]:
     Every folder counts, also one without images, which is a class whose images are missing.
 
     Raises:
-        InputError: when there is none.
+        InputError: when there is none, or one with a name that no class can have.
     """
     folders = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     if classes := tuple(sorted(filter(is_class_name, folders))):
+        if _ALL in classes:
+            raise InputError(f"{root / _ALL}: no class can have this name, which stands for all images: rename it", 2)
         return classes
     what = f"it {contents(root)}" if root.is_dir() else "there is no such folder"
     advice = "simulate/simulate_lenses.py makes some"
@@ -413,7 +416,9 @@ def is_class_name(name: Any) -> bool:
 
 def are_classes(names: Any) -> bool:
     """Whether data can have classes of these names, which a file gives: a list of different ones."""
-    return isinstance(names, list | tuple) and all(map(is_class_name, names)) and len({*names}) == len(names) > 0
+    return (
+        isinstance(names, list | tuple) and all(map(is_class_name, names)) and len({*names} - {_ALL}) == len(names) > 0
+    )
 
 
 def is_image_shape(shape: Sequence[int]) -> bool:

@@ -8,6 +8,7 @@ from metrics.score import ROUNDING, SHARES, apart, number, titles_of
 
 WORDS = ("at the floor", "near", "off")
 FAR_RATIO, FAR_DIFFERENCE = 3, 0.05
+_FEW = 100  # images a class
 _SPLITS = 10  # by which "apart" is meant, however many there are: by few, nothing ever is
 RULE = (
     "The floor is the same metric of real images against other real images, in the same numbers. A metric is apart "
@@ -38,11 +39,12 @@ def word(name: str, metric: dict[str, Any]) -> str:
 
 
 def sentences(sample: Sample) -> list[str]:
-    """Three sentences: how many of the metrics that decide are where, the one that is farthest off, and copies."""
+    """Three sentences: where the metrics that decide are in their worst subset, the one farthest off, and copies."""
     found = words(sample)
     count = len(sample.index) // len(sample.dataset.classes)
-    overall = Counter(of_subsets["overall"] for of_subsets in found.values())
-    counted = (f"{overall[w]} {'is' if overall[w] == 1 else 'are'} {w}" for w in WORDS if overall[w])
+    worst = Counter(max(of_subsets.values(), key=WORDS.index) for of_subsets in found.values())
+    counted = (f"{worst[w]} {'is' if worst[w] == 1 else 'are'} {w}" for w in WORDS if worst[w])
+    few = ", too few to rely on" if count < _FEW else ""
     farther = [
         (_excess(name, sample.metrics[name][subset]), name, subset)
         for name, of_subsets in found.items()
@@ -60,7 +62,8 @@ def sentences(sample: Sample) -> list[str]:
     share = sample.metrics["copy_share"]["overall"]
     seen = "No sign of copies" if found["copy_share"]["overall"] == "at the floor" else "Signs of copies"
     return [
-        f"Of the five metrics that decide, {', '.join(counted)} ({count} images a class).",
+        f"Of the five metrics that decide, {', '.join(counted)}, overall or in the class that is worst "
+        f"({count} images a class{few}).",
         farthest,
         f"{seen}: {share['value']:.1%} of the images, and {share['floor']:.1%} of real test images, are as near to a "
         "training image as a copy would be.",

@@ -49,6 +49,8 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> nn.
         InputError: for a file that is not a checkpoint of a classifier.
     """
     content = load_checkpoint(path, device)
+    if "model_config" in content:
+        raise InputError(f"{path}: its weights are of another network: a generator's, where a classifier is wanted")
     image_size, classes, channels = (content.get(name, default) for name, default in _PUBLISHED.items())
     known = isinstance(image_size, int) and 8 <= image_size <= 1024 and isinstance(channels, int) and 0 < channels <= 16
     if not known or not are_classes(classes):

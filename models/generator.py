@@ -216,6 +216,8 @@ def build_generator(content: dict[str, Any], path: str | Path) -> Generator:
     Raises:
         InputError: when the configuration, the weights and the classes do not fit together.
     """
+    if "image_size" in content:
+        raise InputError(f"{path}: its weights are of another network: a classifier's, where a generator is wanted")
     try:
         content = of_today(content)
         weights = plain_names(generator_weights(content))

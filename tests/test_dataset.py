@@ -822,3 +822,10 @@ def test_every_image_comes_once_an_epoch_in_batches_of_one_size(n, batch_size):
     assert torch.equal(order.sort().values, torch.arange(n))
     assert torch.equal(order, torch.cat(epoch_batches(n, n, seed=42, epoch=3)))
     assert not torch.equal(order, torch.cat(epoch_batches(n, batch_size, seed=42, epoch=4)))
+
+
+def test_no_class_is_called_as_the_tables_call_all_of_them(data_copy):
+    (data_copy / "no_sub").rename(data_copy / "overall")
+    with pytest.raises(InputError, match="overall: no class can have this name"):
+        NpyDataset(data_copy)
+    assert not are_classes(["axion", "overall"])

@@ -13,7 +13,7 @@ from test_model import LENSES, batch, random_model
 from files import save_array
 from models import flow
 from models.checkpoint import load_checkpoint, save_checkpoint
-from models.classifier import classify, load_classifier
+from models.classifier import build_classifier, classify, load_classifier
 from models.components import ComponentMLP
 from models.generator import SIZES, Generator, build_generator, build_untrained, generate_image, load_model
 from models.model import NanoDiT
@@ -246,3 +246,25 @@ def test_other_classes_channels_and_sizes_are_no_edit(data, size, train, tmp_pat
     assert set(metrics["frechet_lens"]) == {"overall", *classes}
     assert metrics["frechet_lens"]["overall"]["value"] > 0
     assert metrics["lens_residual"]["overall"]["value"] is None  # of lenses, which these are not
+
+
+def test_a_classifier_takes_any_number_of_channels():
+    """Of one and of three with ImageNet's first layer; of others with a layer of its own."""
+    for channels in (1, 3, 5):
+        model = build_classifier(32, ("a", "b"), channels).eval()
+        probabilities, features = classify(model, torch.rand(4, channels, 16, 16), show_progress=False)
+        assert probabilities.shape == (4, 2)
+        assert features.shape == (4, 512)
+        assert model.conv1.in_channels == (channels if channels == 5 else 3)
+
+
+def test_a_network_without_a_setting_says_so(train):
+    with pytest.raises(InputError, match="ComponentMLP-512 has not all of patch_size"):
+        train(
+            MODEL_SIZE="ComponentMLP-512",
+            PATCH_SIZE=8,
+            LATENT_DIM=None,
+            MODEL_DEPTH=None,
+            MODEL_HEADS=None,
+            PREDICTION=None,
+        )

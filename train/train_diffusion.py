@@ -214,8 +214,10 @@ def prepare_generator(images: NpyDataset) -> Generator:
             generator.codec.fit(images.images)
             generator.codec.load_state_dict(distributed.from_main(generator.codec.state_dict()))
             generator.network.standard_deviation.copy_(generator.codec.standard_deviation)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise InputError(f"no such network: {error}", 2) from None
+    except TypeError:  # an argument that its class does not have
+        raise InputError(f"no such network: {size} has not all of {', '.join(given)}", 2) from None
     print(f"network: {size}" + "".join(f", but {name} {value}" for name, value in given.items()))
     if getattr(generator.network, "patch_size", 0) >= 8 and generator.prediction == "velocity":
         print(f'patches of {PATCH_SIZE} pixels learn the velocity badly: PREDICTION = "image" is made for them')
