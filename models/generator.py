@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import settings
 from dataset import are_classes, is_image_shape
@@ -210,6 +211,17 @@ def _assemble(
     return Generator(built, classes, image_shape, prediction, codec)
 
 
+class _WithoutRandom(TorchFunctionMode):
+    """Leaves out the drawing of weights: on the device "meta", it would make torch import its compiler for a second."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs or {})
+
+
 def build_generator(content: dict[str, Any], path: str | Path) -> Generator:
     """The generator of a checkpoint, with its EMA weights, or the plain ones when it has no EMA.
 
@@ -225,7 +237,7 @@ def build_generator(content: dict[str, Any], path: str | Path) -> Generator:
         if not 0 < config.get("depth", 1) <= len(weights):
             raise ValueError(f"{config['depth']} blocks")
         given = content["network"], config, content["prediction"], content["classes"], content["image_shape"]
-        with torch.device("meta"):  # costs nothing, whatever sizes a file asks for
+        with torch.device("meta"), _WithoutRandom():  # costs nothing, whatever sizes a file asks for
             planned = _assemble(*given)
         parts = {"network": weights} | ({"codec": content["codec_state_dict"]} if planned.codec else {})
         for name, of_part in parts.items():

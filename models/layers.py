@@ -15,7 +15,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(2 * num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
-        frequencies = torch.exp(-math.log(10000) * torch.arange(num_frequencies) / num_frequencies)
+        # On the CPU: on "meta", where shapes are looked up, torch.arange makes torch import its compiler for a second
+        frequencies = torch.exp(-math.log(10000) * torch.arange(num_frequencies, device="cpu") / num_frequencies)
         self.register_buffer("frequencies", freq_scale * frequencies, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
