@@ -55,7 +55,7 @@ def tiny(monkeypatch, tmp_path):
 @pytest.mark.parametrize("size", ["NanoDiT-B/2", "NanoDiT-B/4", "NanoDiT-S/8"])
 def test_the_arithmetic_is_that_which_torch_counts(size):
     with torch.device("meta"):
-        network = untrained(size).network
+        network = untrained(size).network.to("meta")
         drawn = torch.randn(2, 1, 64, 64), torch.rand(2), torch.zeros(2, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         out = network(*drawn)
