@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dataset import normalize
 from models import flow
-from models.layers import FinalLayer, LabelEmbedder, Mlp, TimestepEmbedder, initialize, modulate
+from models.layers import FinalLayer, LabelEmbedder, Mlp, ModulatedNetwork, TimestepEmbedder, modulate
 
 _LIGHT = 0.2153  # root mean square that images are scaled to; simulated lenses in [-1, 1] have it on average
 _FAINTEST = 0.2  # of the brightest component: with less, the bright ones are learned too late
@@ -80,7 +80,7 @@ class PrincipalComponents(nn.Module):
         return (light * (_LIGHT / power.sqrt().clamp_min(1e-6))).flatten(1)
 
 
-class ComponentMLP(nn.Module):
+class ComponentMLP(ModulatedNetwork):
     """AdaLN-Zero residual MLP that predicts the clean coefficients of noisy ones, given time and class.
 
     The conditioning is that of DiT (arXiv:2212.09748, Fig. 3); instead of attention it has a linear layer.
@@ -116,23 +116,11 @@ class ComponentMLP(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.blocks = nn.ModuleList(_Block(hidden_size, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, components)
-        initialize(self)
-
-    def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """z (n, components), t (n,) in [0, 1], labels (n,) in 0..num_classes -> clean coefficients (n, components)."""
-        return self.apply_modulated(z, t, self.modulations(t, labels))
-
-    def modulations(self, t: Tensor, labels: Tensor) -> list[Tensor]:
-        """AdaLN shift, scale and gate of every block, (m, 6 * width), and of the final layer, (m, 2 * width)."""
-        condition = self.t_embedder(t) + self.y_embedder(labels)
-        return [part.adaLN_modulation(condition) for part in (*self.blocks, self.final_layer)]
+        self.initialize()
 
     def apply_modulated(self, z: Tensor, t: Tensor, modulations: Sequence[Tensor]) -> Tensor:
-        """``forward`` for known modulations, at times t (n,), or (1,) for all."""
         x = self.x_embedder(fourier_features(z / flow.deviation(self.standard_deviation, t)))[:, None]
-        for block, modulation in zip(self.blocks, modulations, strict=False):
-            x = block(x, modulation)
-        return self.final_layer(x, modulations[-1])[:, 0] * self.standard_deviation
+        return self.through_blocks(x, modulations)[:, 0] * self.standard_deviation
 
 
 class _Block(nn.Module):

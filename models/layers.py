@@ -1,10 +1,49 @@
 """Layers that the networks share: embeddings of time and class, MLP, AdaLN (Peebles & Xie 2022, arXiv:2212.09748)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class ModulatedNetwork(nn.Module):
+    """Network whose ``blocks`` and ``final_layer`` time and class shift, scale and gate, by ``t_embedder`` and
+    ``y_embedder`` (AdaLN-Zero, arXiv:2212.09748, Sec. 3.2)."""
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """x (n, *sample_shape), t (n,) in [0, 1], labels (n,) in 0..num_classes -> prediction (n, *sample_shape)."""
+        return self.apply_modulated(x, t, self.modulations(t, labels))
+
+    def modulations(self, t: Tensor, labels: Tensor) -> list[Tensor]:
+        """AdaLN shift, scale and gate of every block, (m, 6 * width), and of the final layer, (m, 2 * width)."""
+        condition = self.t_embedder(t) + self.y_embedder(labels)
+        return [part.adaLN_modulation(condition) for part in (*self.blocks, self.final_layer)]
+
+    def apply_modulated(self, x: Tensor, t: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        """``forward`` for known modulations, at times t (n,), or (1,) for all."""
+        raise NotImplementedError
+
+    def through_blocks(self, tokens: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        """Tokens (n, tokens, width) through all blocks and the final layer."""
+        for block, modulation in zip(self.blocks, modulations, strict=False):
+            tokens = block(tokens, modulation)
+        return self.final_layer(tokens, modulations[-1])
+
+    def initialize(self) -> None:
+        """Xavier for linear layers, N(0, 0.02) for embeddings, zero for AdaLN and the output."""
+        for kind in (nn.Linear, nn.Conv2d):
+            for module in self.modules():
+                if isinstance(module, kind):
+                    nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+                    nn.init.zeros_(module.bias)
+        for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(embedding.weight, std=0.02)
+        modulated = [*self.blocks, self.final_layer]
+        for layer in (*(part.adaLN_modulation[1] for part in modulated), self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 class TimestepEmbedder(nn.Module):
@@ -71,18 +110,3 @@ def gelu(x: Tensor, approximate: str = "tanh") -> Tensor:
     if approximate == "tanh" and x.is_cpu and not x.requires_grad:
         return torch.addcmul(x, x * x, x, value=0.044715).mul_(math.sqrt(8 / math.pi)).sigmoid_().mul_(x)
     return F.gelu(x, approximate=approximate)
-
-
-def initialize(network: nn.Module) -> None:
-    """Xavier for linear layers, N(0, 0.02) for embeddings, zero for AdaLN and the output (arXiv:2212.09748, Sec. 3)."""
-    for kind in (nn.Linear, nn.Conv2d):
-        for module in network.modules():
-            if isinstance(module, kind):
-                nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-                nn.init.zeros_(module.bias)
-    for embedding in (network.y_embedder.embedding_table, network.t_embedder.mlp[0], network.t_embedder.mlp[2]):
-        nn.init.normal_(embedding.weight, std=0.02)
-    modulated = [*network.blocks, network.final_layer]
-    for layer in (*(part.adaLN_modulation[1] for part in modulated), network.final_layer.linear):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import FinalLayer, LabelEmbedder, Mlp, TimestepEmbedder, initialize, modulate
+from models.layers import FinalLayer, LabelEmbedder, Mlp, ModulatedNetwork, TimestepEmbedder, modulate
 
 
-class NanoDiT(nn.Module):
+class NanoDiT(ModulatedNetwork):
     """Transformer on the patches of noisy images, given time and class.
 
     Args:
@@ -64,23 +64,10 @@ class NanoDiT(nn.Module):
         )
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, gelu) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
-        initialize(self)
-
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """x (n, c, h, w), t (n,) in [0, 1], labels (n,) in 0..num_classes -> its prediction (n, c, h, w)."""
-        return self.apply_modulated(x, t, self.modulations(t, labels))
-
-    def modulations(self, t: Tensor, labels: Tensor) -> list[Tensor]:
-        """AdaLN shift, scale and gate of every block, (m, 6 * width), and of the final layer, (m, 2 * width)."""
-        condition = self.t_embedder(t) + self.y_embedder(labels)
-        return [part.adaLN_modulation(condition) for part in (*self.blocks, self.final_layer)]
+        self.initialize()
 
     def apply_modulated(self, x: Tensor, t: Tensor, modulations: Sequence[Tensor]) -> Tensor:
-        """``forward`` for known modulations; they say all there is to know of the times."""
-        x = self.x_embedder(x) + self.pos_embed
-        for block, modulation in zip(self.blocks, modulations, strict=False):
-            x = block(x, modulation)
-        return self.unpatchify(self.final_layer(x, modulations[-1]))
+        return self.unpatchify(self.through_blocks(self.x_embedder(x) + self.pos_embed, modulations))
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(n, tokens, patch * patch * c) -> (n, c, h, w)."""
