@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from dataset import normalize
 from models import flow
 from models.layers import FinalLayer, LabelEmbedder, Mlp, ModulatedNetwork, TimestepEmbedder, modulate
+from models.noise import NoiseLaw, noise_level
 
 _LIGHT = 0.2153  # root mean square that images are scaled to; simulated lenses in [-1, 1] have it on average
 _FAINTEST = 0.2  # of the brightest component: with less, the bright ones are learned too late
+# What components leave over is noise, and not faint structure, when it is more than this share of the light, and when
+# more than this share of its power is there at the highest frequencies (from a share of the largest on) or in the sky
+_NOISY, _WHITE, _HIGHEST = 0.02, 0.1, 0.8
 _LEADING, _OCTAVES = 5, 4  # components that the network also sees as Fourier features, and wavelengths of each
 
 
@@ -25,59 +29,163 @@ class PrincipalComponents(nn.Module):
     """Codec between images and coefficients of their first principal components.
 
     The vectors are orthonormal, so Gaussian noise in pixels is Gaussian noise in coefficients, and the flow is the same
-    in both.
+    in both. Noise of the images themselves is more than components can hold: its level in an image is one more
+    coefficient, and what the components leave over is drawn anew by a ``NoiseLaw``.
 
     Args:
         image_shape: (c, h, w).
         size: number of components.
+        noisy: whether the images have noise.
+        keeps_flux: whether how bright an image is belongs to it; if not, images are filled to [0, 1].
+
+    Attributes:
+        config: of the arguments, what does not follow from the network.
+        standard_deviation: of each coefficient over the training images, (size,), or (size + 1,) with the noise level.
     """
 
-    def __init__(self, image_shape: tuple[int, ...], size: int):
+    def __init__(self, image_shape: tuple[int, ...], size: int, noisy: bool = False, keeps_flux: bool = False):
         super().__init__()
+        self.config = {name: True for name, value in (("noisy", noisy), ("keeps_flux", keeps_flux)) if value}
         self.image_shape = tuple(image_shape)
         pixels = torch.Size(image_shape).numel()
         if size > pixels:
             raise ValueError(f"{pixels} numbers of an image have fewer than {size} principal components")
         self.mean = nn.Parameter(torch.zeros(pixels), requires_grad=False)
         self.vectors = nn.Parameter(torch.zeros(pixels, size), requires_grad=False)
-        self.standard_deviation = nn.Parameter(torch.ones(size), requires_grad=False)
+        self.standard_deviation = nn.Parameter(torch.ones(size + noisy), requires_grad=False)
+        # Root mean square of the light of all images, where it is not scaled to the same in each
+        self.brightness = nn.Parameter(torch.tensor(1.0), requires_grad=False) if keeps_flux else None
+        # Mean and deviation of the logarithm of the noise level
+        self.level = nn.Parameter(torch.tensor([0.0, 1.0]), requires_grad=False) if noisy else None
+        self.noise = NoiseLaw(image_shape) if noisy else None
 
-    def fit(self, images: Tensor, most: int = 8192) -> None:
-        """Sets mean and components by at most ``most`` of the images (n, c, h, w) in [-1, 1] (Halko et al. 2009,
+    @classmethod
+    def fitted(cls, images: Tensor, size: int, keeps_flux: bool = False) -> "PrincipalComponents":
+        """The codec of images (n, c, h, w) in [-1, 1], with ``size`` components at most (Halko et al. 2009,
         arXiv:0909.4061)."""
-        if len(images) < len(self.standard_deviation):
-            raise ValueError(f"{len(images)} images are too few for {len(self.standard_deviation)} components")
-        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:most]
-        light = self._light(images[chosen])
-        self.mean.copy_(light.mean(0))
-        self.vectors.copy_(torch.pca_lowrank(light - self.mean, len(self.standard_deviation), center=False)[2])
-        self.standard_deviation.copy_(((light - self.mean) @ self.vectors).std(0).clamp_min(1e-4))
+        brightness = _brightness(images).square().mean().sqrt() if keeps_flux else None
+        light = _light(images, brightness)
+        mean = light.mean(0)
+        size = min(size, len(light) // 2, light.shape[1])
+
+        def fit(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            vectors = torch.pca_lowrank(images, size, center=False)[2]
+            coefficients = (light - mean) @ vectors
+            return vectors, coefficients, light - mean - coefficients @ vectors.T
+
+        vectors, coefficients, left = fit(light - mean)
+        white = _white_noise(left.view(images.shape)) * len(light) / (len(light) - size)
+        power = left.square().mean(0)
+        sky = power[mean.argsort()[: len(mean) // 10]].mean()  # where there is no light, structure has none to leave
+        noisy = bool(
+            power.mean() > _NOISY**2 * light.square().mean() and max(white.mean(), sky) > _WHITE * power.mean()
+        )
+        if noisy:
+            vectors, coefficients, left = fit(_without_noise((light - mean).view(images.shape), white).flatten(1))
+        codec = cls(images.shape[1:], size, noisy, keeps_flux)
+        if keeps_flux:
+            codec.brightness.copy_(brightness)
+        codec.mean.copy_(mean)
+        codec.vectors.copy_(vectors)
+        codec.standard_deviation[:size] = coefficients.std(0).clamp_min(1e-4)
+        if codec.noise is not None:
+            codec._fit_noise(light, left)
+        return codec
+
+    def _fit_noise(self, light: Tensor, left: Tensor) -> None:
+        """Sets noise law and noise level by light (n, pixels) and what the components leave over of it."""
+        level = noise_level(left).log()
+        self.level.copy_(torch.stack([level.mean(), level.std().clamp_min(1e-3)]))
+        self.standard_deviation[-1] = self.standard_deviation[0]  # as important as the brightest component
+        # ``decode`` takes noise within the components off the smooth part: so here, with noise of a random sign
+        sign = torch.randint(2, left.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        smooth = light - left - (sign * left) @ self.vectors @ self.vectors.T
+        self.noise.fit(self._as_images(light), self._as_images(smooth), level.exp())
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) in [-1, 1] to coefficients (n, size)."""
-        return (self._light(images) - self.mean) @ self.vectors
+        """Images (n, c, h, w) in [-1, 1] to coefficients (n, size), or (n, size + 1) with the noise level."""
+        light = _light(images, self.brightness) - self.mean
+        coefficients = light @ self.vectors
+        if self.noise is None:
+            return coefficients
+        level = noise_level(light - coefficients @ self.vectors.T).log()
+        level = (level - self.level[0]) / self.level[1] * self.standard_deviation[-1]
+        return torch.cat([coefficients, level[:, None]], 1)
 
-    def decode(self, coefficients: Tensor) -> Tensor:
-        """Coefficients (n, size) to images (n, c, h, w), each of which fills [0, 1]."""
-        light = F.linear(coefficients, self.vectors, self.mean)
-        return normalize(light.view(-1, *self.image_shape).clamp_min(0))
+    def decode(self, coefficients: Tensor, white: Tensor | None = None) -> Tensor:
+        """Coefficients to images (n, c, h, w), each of which fills [0, 1] unless flux is kept.
+
+        Args:
+            white: Gaussian noise (n, c, h, w) that the noise of the images is made of; for noisy ones alone.
+        """
+        smooth = F.linear(coefficients[:, : self.vectors.shape[1]], self.vectors, self.mean)
+        if self.noise is None:
+            light = self._as_images(smooth).clamp_min(0)
+        else:
+            level = (coefficients[:, -1] / self.standard_deviation[-1] * self.level[1] + self.level[0]).exp()
+            noise = self.noise.draw(self._as_images(smooth), level, white).flatten(1) - smooth
+            # The coefficients hold the noise within the components already: it is taken off, not to come twice
+            smooth = smooth - noise @ self.vectors @ self.vectors.T
+            light = self.noise.draw(self._as_images(smooth), level, white)
+        return normalize(light) if self.brightness is None else light * (self.brightness / _light_of(light.shape) / 2)
+
+    def _as_images(self, light: Tensor) -> Tensor:
+        return light.view(-1, *self.image_shape)
 
     def weigh(self, errors: Tensor) -> Tensor:
         """Errors of coefficients over their standard deviation, with ``_FAINTEST`` of the largest one as a floor."""
         deviation = self.standard_deviation
         return errors / (deviation.square() + (_FAINTEST * deviation[0]).square()).sqrt()
 
-    @staticmethod
-    def _light(images: Tensor) -> Tensor:
-        """Images in [-1, 1] as light (n, c * h * w), 0 where there is none, with the same root mean square.
 
-        Scaled to the same peak, as files are, the brightness of a lens jumps by 3% as the peak moves from pixel to
-        pixel, which no small network can learn; scaled to the same power it is a smooth function of the source
-        position.
-        """
-        light = images + 1
-        power = light.square().mean((-3, -2, -1), keepdim=True)
-        return (light * (_LIGHT / power.sqrt().clamp_min(1e-6))).flatten(1)
+def _brightness(images: Tensor) -> Tensor:
+    """Root mean square of the light of images in [-1, 1], (n, 1, 1, 1)."""
+    return (images + 1).square().mean((-3, -2, -1), keepdim=True).sqrt()
+
+
+def _light(images: Tensor, brightness: Tensor | None = None) -> Tensor:
+    """Images in [-1, 1] as light (n, c * h * w), 0 where there is none, with the same root mean square, or as bright to
+    each other as they are where that of all images is given.
+
+    Scaled to the same peak, as files are, the brightness of a lens jumps by 3% as the peak moves from pixel to pixel,
+    which no small network can learn; scaled to the same power it is a smooth function of the source position.
+    """
+    brightness = _brightness(images).clamp_min(1e-6) if brightness is None else brightness
+    return ((images + 1) * (_light_of(images.shape) / brightness)).flatten(1)
+
+
+def _light_of(shape: Sequence[int]) -> float:
+    """Root mean square of light; coefficients are then as large whatever the number of pixels."""
+    return _LIGHT * 64 / shape[-1]
+
+
+def _spectrum(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean power (c, waves) of images (n, c, h, w) at each wave number, of white noise its variance; and the wave
+    number of each frequency of ``torch.fft.rfft2``."""
+    size = images.shape[-1]
+    frequency = torch.fft.fftfreq(size, 1 / size)
+    wave_number = (frequency[:, None].square() + frequency[: size // 2 + 1].square()).sqrt().round().long()
+    power = sum(torch.fft.rfft2(part).abs().square().sum(0) for part in images.split(256)) / len(images) / size**2
+    count = torch.bincount(wave_number.flatten())
+    spectrum = torch.zeros(len(power), len(count)).index_add_(1, wave_number.flatten(), power.flatten(1)) / count
+    return spectrum, wave_number
+
+
+def _white_noise(images: Tensor) -> Tensor:
+    """Variance (c,) of the white noise in images (n, c, h, w), as the power at their smallest scales has it."""
+    return _spectrum(images)[0][:, int(_HIGHEST * images.shape[-1] / 2) :].median(1).values
+
+
+def _without_noise(images: Tensor, variance: Tensor) -> Tensor:
+    """Images (n, c, h, w) of mean 0 behind a Wiener filter, which lets pass what their power spectrum has above white
+    noise of a variance (c,).
+
+    Without it, components beyond the first tens are fitted to the noise of the very images they are fitted to.
+    """
+    spectrum, wave_number = _spectrum(images)
+    passed = (1 - variance[:, None] / spectrum.clamp_min(1e-30)).clamp_min(0)[:, wave_number]
+    filtered = [torch.fft.irfft2(torch.fft.rfft2(part) * passed, s=images.shape[-2:]) for part in images.split(256)]
+    return torch.cat(filtered)
 
 
 class ComponentMLP(ModulatedNetwork):

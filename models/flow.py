@@ -243,9 +243,10 @@ def _times(t: float, like: Tensor) -> Tensor:
     return torch.full((len(like),), t, device=like.device)
 
 
-def noise_images(shape: tuple[int, ...], seed: int, numbers: Iterable[int]) -> Tensor:
-    """Gaussian noise (n, *shape) for images of these numbers: that of image k depends on seed and k alone."""
-    noise = [np.random.default_rng([seed, k]).standard_normal(shape, np.float32) for k in numbers]
+def noise_images(shape: tuple[int, ...], seed: int, numbers: Iterable[int], stream: int = 0) -> Tensor:
+    """Gaussian noise (n, *shape) for images of these numbers: that of image k depends on seed, k and stream alone."""
+    more = [stream] if stream else []
+    noise = [np.random.default_rng([seed, k, *more]).standard_normal(shape, np.float32) for k in numbers]
     return torch.from_numpy(np.stack(noise))
 
 

@@ -28,9 +28,11 @@ def _nanodit(image_shape: tuple[int, ...], **config: Any) -> tuple[nn.Module, No
     return NanoDiT(**{"in_channels": image_shape[0], "input_size": image_shape[-1]} | config), None
 
 
-def _component_mlp(image_shape: tuple[int, ...], **config: Any) -> tuple[nn.Module, nn.Module]:
+def _component_mlp(
+    image_shape: tuple[int, ...], noisy: bool = False, keeps_flux: bool = False, **config: Any
+) -> tuple[nn.Module, nn.Module]:
     network = ComponentMLP(**config)
-    return network, PrincipalComponents(image_shape, *network.sample_shape)
+    return network, PrincipalComponents(image_shape, network.sample_shape[0] - noisy, noisy, keeps_flux)
 
 
 NETWORKS = {"NanoDiT": _nanodit, "ComponentMLP": _component_mlp}  # each gives the network and its codec, or None
@@ -83,7 +85,7 @@ class Generator(nn.Module):
         """Everything but weights and sampler, as plain values; ``build_generator`` reads it back from a checkpoint."""
         return {
             "network": type(self.network).__name__,
-            "model_config": self.network.config,
+            "model_config": self.network.config | (self.codec.config if self.codec else {}),
             "prediction": self.prediction,
             "classes": list(self.classes),
             "image_shape": list(self.image_shape),
@@ -163,7 +165,13 @@ class Generator(nn.Module):
             first,
             self.standard_deviation,
         )
-        return self.decode(samples).cpu()
+        if self.codec is None or self.codec.noise is None:
+            return self.decode(samples).cpu()
+        images = []
+        for part in torch.arange(len(samples)).split(batch_size):
+            white = flow.noise_images(self.image_shape, seed, (first + part).tolist(), stream=1)
+            images.append(self.codec.decode(samples[part], white.to(self.device)).cpu())
+        return torch.cat(images)
 
     def sampler_for(self, ode_steps: int | None = None, cfg_scale: float | None = None) -> flow.Sampler:
         """The generator's sampler, with exactly so many steps or another guidance scale where they are given."""
@@ -187,10 +195,15 @@ class Generator(nn.Module):
 def build_untrained(size: str, classes: tuple[str, ...], image_shape: tuple[int, ...], **changes: Any) -> Generator:
     """An untrained generator of one of SIZES, with other settings where they are given.
 
+    Patches are the smallest ones from that of the size on that tile the images, up to twice as large.
+
     Raises:
         ValueError: for a network that cannot be.
     """
     config = SIZES[size] | changes
+    if "patch_size" in config and "patch_size" not in changes:
+        patch = config["patch_size"]
+        config["patch_size"] = next((p for p in range(patch, 2 * patch + 1) if image_shape[-1] % p == 0), patch)
     return _assemble(config.pop("network"), config, config.pop("prediction"), classes, image_shape)
 
 

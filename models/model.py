@@ -3,6 +3,7 @@
 Names and shapes of the parameters are those of facebookresearch/DiT, so equal weights give equal outputs.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ class NanoDiT(ModulatedNetwork):
     """Transformer on the patches of noisy images, given time and class.
 
     Args:
-        input_size: height and width of the images in pixels, a multiple of ``patch_size``.
-        patch_size: height and width of a token in pixels.
+        input_size: height and width of the images in pixels.
+        patch_size: height and width of a token in pixels; the last ones reach beyond images that they do not tile.
         in_channels: channels of the images.
         hidden_size: width of the network, a multiple of 4 and of ``num_heads``.
         depth: number of transformer blocks.
@@ -49,9 +50,9 @@ class NanoDiT(ModulatedNetwork):
     ):
         super().__init__()
         self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
+        if patch_size > input_size or hidden_size % num_heads or hidden_size % 4:
             raise ValueError(
-                f"patches of {patch_size} must tile {input_size} pixels, and a width of {hidden_size} must be a "
+                f"a patch of {patch_size} must lie within {input_size} pixels, and a width of {hidden_size} must be a "
                 f"multiple of 4 and of its {num_heads} heads"
             )
         self.sample_shape = (in_channels, input_size, input_size)
@@ -59,22 +60,23 @@ class NanoDiT(ModulatedNetwork):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, timestep_freq_scale)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        self.pos_embed = nn.Parameter(
-            sincos_positions(hidden_size, input_size // patch_size)[None], requires_grad=False
-        )
+        self.grid_size = math.ceil(input_size / patch_size)
+        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, self.grid_size)[None], requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, gelu) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
         self.initialize()
 
     def apply_modulated(self, x: Tensor, t: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        beyond = self.grid_size * self.patch_size - x.shape[-1]
+        x = F.pad(x, (0, beyond, 0, beyond))
         return self.unpatchify(self.through_blocks(self.x_embedder(x) + self.pos_embed, modulations))
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(n, tokens, patch * patch * c) -> (n, c, h, w)."""
         c, h, w = self.sample_shape
-        p = self.patch_size
-        patches = tokens.view(len(tokens), h // p, w // p, p, p, c)
-        return torch.einsum("nhwpqc->nchpwq", patches).reshape(len(tokens), c, h, w)
+        p, grid = self.patch_size, self.grid_size
+        patches = tokens.view(len(tokens), grid, grid, p, p, c)
+        return torch.einsum("nhwpqc->nchpwq", patches).reshape(len(tokens), c, grid * p, grid * p)[..., :h, :w]
 
 
 class PatchEmbed(nn.Module):

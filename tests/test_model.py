@@ -137,9 +137,38 @@ def test_an_untrained_network_returns_zeros():
     assert NanoDiT(**SMALL)(z.float(), t.float(), y).eq(0).all()
 
 
-def test_a_patch_that_does_not_tile_the_image_is_refused():
-    with pytest.raises(ValueError, match="must tile"):
-        NanoDiT(**SMALL | {"patch_size": 3})
+def test_a_patch_larger_than_the_image_is_refused():
+    with pytest.raises(ValueError, match="a patch of 9 must lie within 8 pixels"):
+        NanoDiT(**SMALL | {"patch_size": 9})
+
+
+def test_patches_that_do_not_tile_an_image_see_nothing_beyond_it():
+    """A network of patches of 3 on 8 pixels is that on 9, of which the last row and column are empty."""
+    torch.manual_seed(0)
+    narrow, wide = (NanoDiT(**SMALL | {"patch_size": 3, "input_size": size}).eval() for size in (8, 9))
+    for parameter in wide.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    narrow.load_state_dict(wide.state_dict())
+    z, t, labels = torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([0, 1])
+    expected = wide(torch.nn.functional.pad(z, (0, 1, 0, 1)), t, labels)[..., :8, :8]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(narrow(z, t, labels), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels", "patch"),
+    [
+        ("NanoDiT-S/8", 64, 8),
+        ("NanoDiT-S/8", 150, 10),
+        ("NanoDiT-S/8", 128, 8),
+        ("NanoDiT-S/8", 101, 8),
+        ("NanoDiT-S/16", 150, 25),
+        ("NanoDiT-B/2", 64, 2),
+        ("NanoDiT-B/2", 75, 3),
+    ],
+)
+def test_patches_follow_from_the_image(size, pixels, patch):
+    assert build_untrained(size, LENSES, (1, pixels, pixels)).network.patch_size == patch
 
 
 def test_every_class_and_no_class_give_different_velocities():

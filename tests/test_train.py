@@ -105,7 +105,7 @@ def test_components_are_fitted_trained_with_and_kept_in_the_checkpoint(train, le
 @pytest.mark.parametrize(
     ("constants", "message"),
     [
-        ({"PATCH_SIZE": 3}, "patches of 3 must tile 64 pixels"),
+        ({"PATCH_SIZE": 65}, "a patch of 65 must lie within 64 pixels"),
         ({"LATENT_DIM": 30}, "a width of 30 must be a multiple of 4"),
         (COMPONENTS | {"PREDICTION": "velocity"}, 'components need prediction="image"'),
         (COMPONENTS, "108 images are too few for 512 components"),

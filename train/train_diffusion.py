@@ -30,8 +30,10 @@ import settings
 from dataset import NpyDataset, diffusion_transforms, epoch_batches, load_parts
 from models import flow
 from models.checkpoint import load_checkpoint
+from models.components import PrincipalComponents
 from models.generator import SIZES, Generator, build_generator, build_untrained, of_today
 from settings import Count, Epochs, Fraction, Guidance, InnerFraction, InputError, NotNegative, Positive, Steps, Whole
+from train.orientations import SYMMETRIES, draw_orientations, oriented, some_of_all, turned
 from train.recipes import RECIPES
 from train.run import Run, duration, seconds_an_image
 
@@ -39,6 +41,7 @@ DATA_DIR: str = "data"  # Folder with a folder of images for each class; yours, 
 OUTPUT_DIR: str = "diffusion_training"  # Change it to start another run beside this one
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" trains without the files that cannot be read
 ON_MISSING_CLASS: Literal["raise", "go_on"] = "raise"  # "go_on" trains although a class has no images
+AUGMENT: Literal[(*SYMMETRIES,)] = "none"  # "square": images have no preferred direction, as real ones; or half of it
 CACHE_DIR: str | None = None  # Where packed images are kept; None is in DATA_DIR itself, if it can be written to
 
 START_PATH: str | None = None  # A checkpoint whose network and weights to start from
@@ -117,8 +120,9 @@ def main() -> None:
     if COMPILE:
         network.compile(dynamic=False)  # batches have two sizes at most
     trained = distributed.data_parallel(network)
-    if codec:
-        images.images = torch.cat([generator.encode(part.to(device)).cpu() for part in images.images.split(4096)])
+    if codec:  # once for all epochs, in every orientation
+        parts = [turned(part, *way) for way in SYMMETRIES[AUGMENT] for part in images.images.split(4096)]
+        images.images = torch.cat([generator.encode(part.to(device)).cpu() for part in parts])
     images.to(device)
     averaged = generator.with_network(ema.ema_model)
     run.untrained = validation_loss(generator, lambda z, t, labels: torch.zeros_like(z), validation)
@@ -132,12 +136,16 @@ def main() -> None:
             t = flow.draw_times(len(batch), TIME_SAMPLING, random, TIME_MEDIAN, TIME_WIDTH)
             batch = batch.to(images.labels.device)
             labels = flow.drop_labels(images.labels[batch].to(device), len(images.classes), LABEL_DROPOUT, random)
+            ways = draw_orientations(AUGMENT, len(batch), random)
 
             optimizer.zero_grad()
             loss = torch.zeros((), device=device)
             parts = distributed.parts(len(batch), ACCUMULATE_STEPS)
             for part in parts:
-                x = images.images[batch[part]].to(device, non_blocking=True)
+                if codec:
+                    x = images.images[batch[part] + len(images) * ways[part].to(batch.device)].to(device)
+                else:
+                    x = oriented(images.images[batch[part]].to(device, non_blocking=True), ways[part], AUGMENT)
                 trained.require_backward_grad_sync = part is parts[-1]  # processes exchange gradients once a step
                 with amp:
                     loss_of_part = generator.objective(trained, x, noise[part], t[part], labels[part])
@@ -208,12 +216,15 @@ def prepare_generator(images: NpyDataset) -> Generator:
     if START_PATH:
         return start_from(START_PATH, (SIZES[MODEL_SIZE] if MODEL_SIZE else {}) | given, images)
     size = MODEL_SIZE or "NanoDiT-B/2"
+    codec = None
+    if components := SIZES[size].get("components"):
+        codec = distributed.from_main(PrincipalComponents.fitted(some_of_all(images.images, AUGMENT, 8192), components))
+        given |= {"components": len(codec.standard_deviation)} | codec.config
     try:
         generator = build_untrained(size, images.classes, images.image_shape, **given)
-        if generator.codec is not None:
-            generator.codec.fit(images.images)
-            generator.codec.load_state_dict(distributed.from_main(generator.codec.state_dict()))
-            generator.network.standard_deviation.copy_(generator.codec.standard_deviation)
+        if codec is not None:
+            generator.codec.load_state_dict(codec.state_dict())
+            generator.network.standard_deviation.copy_(codec.standard_deviation)
     except ValueError as error:
         raise InputError(f"no such network: {error}", 2) from None
     except TypeError:  # an argument that its class does not have

@@ -1,0 +1,67 @@
+"""How bright pixels are to the networks, and back to the unit of the data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+KINDS = ("image", "set", "asinh")
+_SOFTENING = 1e-3  # least softening of "asinh", as a share of the range
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Scaling of images to about [0, 1].
+
+    "image" takes each image from its own minimum to its own maximum over all channels, the convention of the field. The
+    unit is lost: generated images are in [0, 1]. "set" takes all images along one line, so that flux is kept; "asinh"
+    likewise, on a scale that is linear in the noise and logarithmic above it (Lupton et al. 1999, astro-ph/9903081),
+    for images of high contrast.
+
+    Args:
+        low, high: what becomes 0 and 1, in the unit of the data; of "set" and "asinh".
+        softening: brightness where "asinh" turns from linear to logarithmic, in the unit of the data above ``low``.
+    """
+
+    kind: Literal["image", "set", "asinh"] = "image"
+    low: float = 0.0
+    high: float = 1.0
+    softening: float = 1.0
+
+    @property
+    def keeps_flux(self) -> bool:
+        return self.kind != "image"
+
+    @classmethod
+    def of(cls, kind: str, images: Tensor, low: Tensor, high: Tensor) -> "Scaling":
+        """The scaling of a set of images (n, c, s, s) that fill [0, 1] each, of minima and maxima (n,)."""
+        if kind == "image":
+            return cls()
+        faintest, brightest = low.median().item(), high.quantile(0.99).item()
+        pixels = _in_unit(images, low, high).flatten()
+        noise = 1.4826 * (pixels - pixels.median()).abs().median().item()  # of a Gaussian sky
+        return cls(kind, faintest, brightest, max(noise, _SOFTENING * (brightest - faintest)))
+
+    def apply(self, images: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Images (n, c, s, s) that fill [0, 1] each, of minima and maxima (n,), to scaled ones."""
+        if not self.keeps_flux:
+            return images
+        above = _in_unit(images, low, high) - self.low
+        if self.kind == "asinh":
+            return ((above / self.softening).asinh() / self._asinh_of_high()).float()
+        return (above / (self.high - self.low)).float()
+
+    def undo(self, scaled: Tensor) -> Tensor:
+        """Scaled images to the unit of the data, where that is known."""
+        if self.kind == "asinh":
+            return (scaled * self._asinh_of_high()).sinh() * self.softening + self.low
+        return scaled * (self.high - self.low) + self.low if self.keeps_flux else scaled
+
+    def _asinh_of_high(self) -> Tensor:
+        return torch.tensor((self.high - self.low) / self.softening).asinh()
+
+
+def _in_unit(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    low, high = (values.view(-1, 1, 1, 1) for values in (low, high))
+    return low + images * (high - low)

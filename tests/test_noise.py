@@ -1,0 +1,137 @@
+"""Noise is told from light, and that of generated images is distributed as that of the images it was learned from."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import LENSES
+
+from dataset import diffusion_transforms, normalize
+from models.components import ComponentMLP, PrincipalComponents, _light
+from models.generator import Generator
+
+SIZE, SKY = 24, 0.05
+
+
+def smooth_images(n: int, seed: int = 0, channels: int = 1) -> torch.Tensor:
+    """Blobs of light, one an image, at random places, with a peak of 1: (n, c, s, s)."""
+    generator = torch.Generator().manual_seed(seed)
+    place = (torch.rand(2, n, 1, 1, generator=generator) - 0.5) * 6
+    axis = torch.arange(SIZE) - (SIZE - 1) / 2
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.exp(-((x - place[0]).square() + (y - place[1]).square()) / 30)[:, None].repeat(1, channels, 1, 1)
+
+
+def noise_of(kind: str, light: torch.Tensor, seed: int) -> torch.Tensor:
+    """Light as a detector sees it; how noisy an image is differs by a factor of two."""
+    generator = torch.Generator().manual_seed(seed)
+    level = SKY * (0.7 + 0.7 * torch.rand(len(light), 1, 1, 1, generator=generator))
+    white = torch.randn(light.shape, generator=generator)
+    if kind == "clipped":
+        return (light + level * white).clamp_min(0)
+    if kind == "shot":
+        return torch.poisson(light / level**2 / 10 + 2, generator=generator)
+    blurred = F.conv2d(white, torch.ones(1, 1, 2, 2) / 2, padding=1)[..., :SIZE, :SIZE]
+    return light + level * blurred
+
+
+def autocorrelation(images: torch.Tensor) -> float:
+    """Correlation of neighbours in a row, in the sky far from the light."""
+    sky = images[:, 0, :4] - images[:, 0, :4].mean(2, keepdim=True)
+    return ((sky[..., 1:] * sky[..., :-1]).mean() / sky.square().mean()).item()
+
+
+@pytest.fixture(scope="module", params=["clipped", "shot", "correlated"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def codec_and_images(kind):
+    images = normalize(noise_of(kind, smooth_images(3000), seed=1))
+    codec = PrincipalComponents.fitted(2 * images[:2000] - 1, 16)
+    return codec, images[2000:]
+
+
+def test_noise_of_generated_images_is_that_of_others_of_the_same_kind(codec_and_images, kind):
+    codec, images = codec_and_images
+    assert codec.config == {"noisy": True}
+    again = codec.decode(codec.encode(2 * images - 1), torch.randn(images.shape))
+    assert not torch.allclose(again, images, atol=0.05)
+    assert again.mean() == pytest.approx(images.mean().item(), abs=0.01)
+    sky, sky_again = images[:, :, :4], again[:, :, :4]
+    assert sky_again.std() == pytest.approx(sky.std().item(), rel=0.06)
+    quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95, 0.999])
+    expected = sky.flatten().quantile(quantiles)
+    torch.testing.assert_close(sky_again.flatten().quantile(quantiles), expected, atol=0.012, rtol=0.05)
+    assert autocorrelation(again) == pytest.approx(autocorrelation(images), abs=0.06)
+    if kind == "clipped":
+        assert (sky_again == 0).float().mean() == pytest.approx((sky == 0).float().mean().item(), abs=0.06)
+    bright = images > 0.7
+    assert (again[bright] - images[bright]).std() < 2.5 * (images[bright]).std()
+
+
+@pytest.mark.parametrize("kind", ["clipped", "correlated"])
+def test_the_noise_level_of_an_image_is_a_coefficient(kind):
+    light = smooth_images(2000)
+    images = normalize(noise_of(kind, light, seed=1))
+    codec = PrincipalComponents.fitted(2 * images - 1, 16)
+    coefficients = codec.encode(2 * images - 1)
+    assert coefficients.shape[1] == len(codec.standard_deviation) == 17
+    assert coefficients[:, -1].std() == pytest.approx(codec.standard_deviation[-1].item(), rel=0.01)
+    quiet, loud = (
+        coefficients[:64].index_fill(1, torch.tensor(16), at * codec.standard_deviation[-1]) for at in (-1, 1)
+    )
+    white = torch.randn(64, 1, SIZE, SIZE)
+    ratio = codec.decode(loud, white)[:, :, :4].std() / codec.decode(quiet, white)[:, :, :4].std()
+    assert ratio == pytest.approx((2 * codec.level[1]).exp().item(), rel=0.25)
+
+
+def test_noise_within_the_components_does_not_come_twice(codec_and_images):
+    codec, images = codec_and_images
+    coefficients = codec.encode(2 * images - 1)
+    again = codec.encode(2 * codec.decode(coefficients, torch.randn(images.shape)) - 1)
+    error = (again - coefficients)[:, :16].std(0) / coefficients[:, :16].std(0)
+    assert error[:2].max() < 0.1
+    assert error.max() < 0.5  # twice the noise would be about 1 in the last ones
+
+
+def test_components_are_not_fitted_to_the_noise_of_their_images():
+    """Their variance over other images is as large."""
+    images = 2 * normalize(noise_of("clipped", smooth_images(500), seed=1)) - 1
+    codec = PrincipalComponents.fitted(images[:250], 16)
+    fitted, other = (codec.encode(part)[:, :16].var(0) for part in images.split(250))
+    assert (fitted / other).median() < 1.3
+    plain = torch.pca_lowrank(_light(images[:250]) - codec.mean, 16, center=False)[2]
+    fitted, other = (((_light(part) - codec.mean) @ plain).var(0) for part in images.split(250))
+    assert (fitted / other).median() > 1.6
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_clean_images_are_not_taken_for_noisy_ones(channels):
+    images = 2 * smooth_images(600, channels=channels) - 1
+    assert PrincipalComponents.fitted(images, 32).config == {}
+    assert PrincipalComponents.fitted(images, 4).config == {}  # what few components leave over is no noise
+
+
+def test_every_channel_has_noise_of_its_own():
+    light = smooth_images(1500, channels=3)
+    images = light + torch.tensor([0.02, 0.05, 0.1])[:, None, None] * torch.randn(light.shape)
+    images = normalize(images)
+    codec = PrincipalComponents.fitted(2 * images - 1, 16)
+    again = codec.decode(codec.encode(2 * images - 1), torch.randn(images.shape))
+    of_channel = again[:, :, :4].std((0, 2, 3))
+    torch.testing.assert_close(of_channel, images[:, :, :4].std((0, 2, 3)), rtol=0.08, atol=0)
+
+
+def test_a_noisy_image_depends_on_seed_and_number_alone():
+    images = diffusion_transforms(noise_of("clipped", smooth_images(300), seed=1))
+    codec = PrincipalComponents.fitted(images, 8)
+    network = ComponentMLP(9, hidden_size=16).eval()
+    network.standard_deviation.copy_(codec.standard_deviation)
+    model = Generator(network, LENSES, (1, SIZE, SIZE), "image", codec).eval()
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    images = model.generate(labels, seed=3, batch_size=5)
+    torch.testing.assert_close(model.generate(labels, seed=3, batch_size=2), images)
+    torch.testing.assert_close(model.generate(labels[2:], seed=3, first=2), images[2:])
+    assert not torch.allclose(model.generate(labels, seed=4), images, atol=0.1)
+    assert (images[0] - images[3]).std() > 0.02
