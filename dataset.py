@@ -109,18 +109,20 @@ class NpyDataset(Dataset):
         listing = _list_files(self.root_dir, sources, self.classes)
         self._listed = Counter(file.of for file in listing)
         self._given = {source.split for source in sources}
-        self._packed, self._records, self.fingerprint = _load(self.root_dir, listing, on_bad_file, self.cache_dir)
+        self._packed, self._records, self.fingerprint = _load(
+            self.root_dir, listing, self._given, on_bad_file, self.cache_dir
+        )
         self.image_shape: Shape = self._packed.shape[1:]
         vars(self).update(vars(self.part(split, on_missing_class)))
 
     def part(self, split: str, on_missing_class: str = "raise") -> "NpyDataset":
         """Another split of the same folder, which is not read again."""
-        other = self._where(np.isin(self._records["split"], [split] if split != "all" else [*_SPLITS]))
+        other = self._where((self._records["split"] == split) | (split == "all"))
         missing = [name for name, count in other.counts().items() if not count]
         if missing and (on_missing_class == "raise" or not len(other)):
             counts = Counter(self._records["class"].tolist())
-            given = split in self._given
-            problems = (_why_missing(self.root_dir / of, self._listed[of], counts[of], split, given) for of in missing)
+            hashed = "" in self._given or ("train" in self._given and split not in self._given)
+            problems = (_why_missing(self.root_dir / of, self._listed[of], counts[of], split, hashed) for of in missing)
             raise InputError("; ".join(problems), status=2)
         return other
 
@@ -253,13 +255,11 @@ def _cache_folder(root: Path, cache_dir: str | Path | None) -> Path:
     return Path(cache_dir) / f"{root.resolve().name}_{place}"
 
 
-def _why_missing(folder: Path, listed: int, count: int, split: str, given: bool = False) -> str:
+def _why_missing(folder: Path, listed: int, count: int, split: str, hashed: bool) -> str:
     """The reason that a class of ``listed`` files and ``count`` images has none in a split, and the remedy."""
-    if count and given:
-        return f"{folder}: none of its {count} images is in the folder of the split {split!r}: add some there"
     if count:
-        hashed = "to which a hash of the name assigns them: add images"
-        return f"{folder}: none of its {count} images is in the split {split!r}, {hashed}"
+        how = "to which a hash of the name assigns them" if hashed else "which folders give here"
+        return f"{folder}: none of its {count} images is in the split {split!r}, {how}: add images"
     if listed:
         return f"{folder}: all of its {listed} files are bad"
     if not folder.is_dir():
@@ -298,25 +298,22 @@ def find_classes(root: str | Path) -> tuple[str, ...]:
 
 def classes_with_files(root: str | Path) -> set[str]:
     """Names of the classes of a folder that there are files of, sound or not; none for a folder without classes."""
-    of_labels: set[str] = set()
-    found = set()
-    for source in _sources(Path(root)):
-        if source.of is None:
-            of_labels |= {*read_labels(source.path)}
-        elif not source.path.is_dir() or any(map(is_image_file, os.listdir(source.path))):
-            found.add(source.of)
-    return found | of_labels
+    sources = _sources(Path(root))
+    empty = [
+        source for source in sources if source.path.is_dir() and not any(map(is_image_file, os.listdir(source.path)))
+    ]
+    return _classes_of([source for source in sources if source not in empty])
 
 
 def _find_classes(root: Path, sources: list[_Source]) -> tuple[str, ...]:
-    labels = [read_labels(source.path) for source in sources if source.of is None]
-    numbers = bool(labels) and all(re.fullmatch(r"-?\d+", name) for of_file in labels for name in of_file)
-    names = {source.of for source in sources if source.of is not None}.union(*labels)
+    names = _classes_of(sources)
     if _ALL in names:
         raise InputError(f"{root / _ALL}: no class can have this name, which stands for all images: rename it", 2)
     if bad := sorted(name for name in names if not is_class_name(name)):
-        raise InputError(f"{root}: no class can have the name {bad[0]!r}, that of a folder made here: rename it", 2)
+        raise InputError(f"{root}: no class can have the name {bad[0]!r}: rename it", 2)
     if names:
+        of_labels = all(source.of is None for source in sources)
+        numbers = of_labels and all(re.fullmatch(r"-?\d+", name) for name in names)
         return tuple(sorted(names, key=int if numbers else None))
     what = f"it {contents(root)}" if root.is_dir() else "there is no such folder"
     advice = "simulate/simulate_lenses.py makes some"
@@ -351,69 +348,80 @@ def read_labels(path: Path) -> list[str] | None:
     if stem_of(path.name) != "images" or not file.is_file():
         return None
     try:
-        labels = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with open(file, "rb") as content:
+            labels = np.lib.format.read_array(content, allow_pickle=False)
+    except Exception:  # a damaged header can raise nearly anything
         raise InputError(f"{file}: is not a .npy file of numbers or texts, or is damaged") from None
-    if labels.dtype.kind == "f" and (labels == labels.round()).all():
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, "utf-8", "replace")
+    if labels.dtype.kind == "b" or (labels.dtype.kind == "f" and (labels % 1 == 0).all()):
         labels = labels.astype(np.int64)
-    if labels.dtype.kind not in "uibU" or labels.size != max(labels.shape, default=0):
-        raise InputError(
-            f"{file}: holds {labels.dtype} of shape {labels.shape}: a whole number or a text for each image"
-        )
-    return list(map(str, (labels.astype(int) if labels.dtype.kind == "b" else labels).ravel().tolist()))
+    if labels.dtype.kind not in "uiU" or labels.size != max(labels.shape, default=0):
+        kind = f"{labels.dtype} of shape {labels.shape}"
+        raise InputError(f"{file}: holds {kind}, not a whole number or a text for each image")
+    return list(map(str, labels.ravel().tolist()))
 
 
 def _sources(root: Path) -> list[_Source]:
-    """Class folders of a folder, or of its split folders; where there are none, its files of images."""
+    """Class folders of a folder, of its split folders or of the two side by side; or, without any, files of images.
+
+    Raises:
+        InputError: for a split folder that holds nothing of what the others hold.
+    """
     folders = _folders(root)
-    places = [_Source(root, "", "", "")]
     if folders and _SPLITS.keys() >= {*folders}:
         places = [_Source(root / name, f"{name}/", "", _SPLITS[name]) for name in folders]
-    elif (test := Path(f"{os.path.abspath(root)}_test")).is_dir():
-        of_test = _in_places([_Source(test, f"../{test.name}/", "", "test")])
+        found = _in_places(places)
+        for place in places:
+            if not any(source.name.startswith(place.name) for source in found):
+                what = "class folders" if found and found[0].path.is_dir() else KINDS
+                raise InputError(f"{place.path}: no {what} in it: add some, or move it away", 2)
+        return found
+    test = Path(f"{os.path.abspath(root)}_test")
+    if test.is_dir():
         of_root = _in_places([_Source(root, "", "", "train")])
+        of_test = _in_places([_Source(test, f"../{test.name}/", "", "test")])
         if of_root and _classes_of(of_root) == _classes_of(of_test):
             return of_root + of_test
-    return _in_places(places)
+    return _in_places([_Source(root, "", "", "")])
 
 
 def _classes_of(sources: list[_Source]) -> set[str]:
-    return set().union(*([source.of] if source.of is not None else read_labels(source.path) for source in sources))
+    names = [[source.of] if source.of is not None else read_labels(source.path) for source in sources]
+    return set().union(*names)
 
 
 def _folders(folder: Path) -> list[str]:
-    return sorted(
-        filter(is_class_name, (path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else [])
-    )
+    """Names of the folders in a folder that can be those of classes, in alphabetical order."""
+    inside = folder.iterdir() if folder.is_dir() else []
+    return sorted(path.name for path in inside if path.is_dir() and is_class_name(path.name))
 
 
 def _in_places(places: list[_Source]) -> list[_Source]:
+    """Class folders of some folders; where none of these has any, their files of images."""
     found = [
         place._replace(path=place.path / name, name=f"{place.name}{name}", of=name)
         for place in places
         for name in _folders(place.path)
     ]
-    return found or [file for place in places for file in _files_of_place(place)]
+    return found or [file for place in places for file in _files_of(place)]
 
 
-def _files_of_place(place: _Source) -> list[_Source]:
+def _files_of(place: _Source) -> list[_Source]:
     """Files of images of a folder without class folders: a labelled stack, a stack for each class, or images of one."""
-    entries = sorted(os.listdir(place.path)) if place.path.is_dir() else []
-    paths = [place.path / name for name in entries if is_image_file(name)]
-    paths = [path for path in paths if not is_table(path)]
-    if labelled := [path for path in paths if read_labels(path) is not None][:1]:
-        return [place._replace(path=path, name=f"{place.name}{path.name}", of=None) for path in labelled]
-    stacks = [is_stack(path) for path in paths] if len(paths) <= _MOST_STACKS else []
-    if True in stacks and False in stacks:
-        one, stack = paths[stacks.index(False)].name, paths[stacks.index(True)].name
+    names = sorted(filter(is_image_file, os.listdir(place.path))) if place.path.is_dir() else []
+    files = [place._replace(path=place.path / name, name=f"{place.name}{name}", of=_ONE_CLASS) for name in names]
+    files = [file for file in files if not is_table(file.path)]
+    if labelled := [file._replace(of=None) for file in files if read_labels(file.path) is not None]:
+        return labelled[:1]
+    stacks = [is_stack(file.path) for file in files] if len(files) <= _MOST_STACKS else []
+    if True not in stacks:
+        return files
+    if False in stacks:
+        one, stack = files[stacks.index(False)], files[stacks.index(True)]
         advice = "put the files of each class into a folder of its own"
-        raise InputError(f"{place.path}: {stack} is a stack of images, and {one} is one image: {advice}", 2)
-    return [
-        place._replace(
-            path=path, name=f"{place.name}{path.name}", of=stem_of(path.name) if True in stacks else _ONE_CLASS
-        )
-        for path in paths
-    ]
+        raise InputError(f"{one.path} is one image, and {stack.path} is a stack of images: {advice}", 2)
+    return [file._replace(of=stem_of(file.path.name)) for file in files]
 
 
 def is_class_name(name: Any) -> bool:
@@ -428,21 +436,23 @@ def are_classes(names: Any) -> bool:
     )
 
 
-def _load(root: Path, listing: list[_Source], on_bad_file: str, cache_dir: Path) -> tuple[np.ndarray, np.ndarray, str]:
+def _load(
+    root: Path, listing: list[_Source], given: set[str], on_bad_file: str, cache_dir: Path
+) -> tuple[np.ndarray, np.ndarray, str]:
     """Images (n, c, s, s), which stay on disk, records of them, and fingerprint; from a cache when that is fresh.
 
     Raises:
         InputError: with every bad file, unless they are to be skipped; when there is no other one.
     """
     state = [(file.name, file.of, file.split, *file.state) for file in listing]
-    fingerprint = hashlib.sha256(repr((state, _VERSION)).encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(repr((state, sorted(given), _VERSION)).encode()).hexdigest()[:16]
     cache = cache_dir / f".lens_cache_{fingerprint}.npy"
     with suppress(OSError, ValueError, EOFError), open(cache, "rb") as file:  # absent, or cut short by a full disk
         return *_packed(file), fingerprint
     try:
-        return *_pack(cache, _Reading(root, listing, on_bad_file)), fingerprint
+        return *_pack(cache, _Reading(root, listing, given, on_bad_file)), fingerprint
     except _OtherShape as other:
-        return *_pack(cache, _Reading(root, listing, on_bad_file, other.args[0])), fingerprint
+        return *_pack(cache, _Reading(root, listing, given, on_bad_file, other.args[0])), fingerprint
 
 
 def _packed(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
@@ -464,12 +474,14 @@ class _Reading:
     values, pixel_scale).
 
     Args:
+        given: splits that folders give.
         shape: of the images; None is that of the first one.
     """
 
-    def __init__(self, root: Path, listing: list[_Source], on_bad_file: str, shape: Shape | None = None):
-        self.root, self.listing, self.on_bad_file, self.shape = root, listing, on_bad_file, shape
-        self.given = {file.split for file in listing}
+    def __init__(
+        self, root: Path, listing: list[_Source], given: set[str], on_bad_file: str, shape: Shape | None = None
+    ):
+        self.root, self.listing, self.given, self.on_bad_file, self.shape = root, listing, given, on_bad_file, shape
 
     def images(self) -> Iterator[np.ndarray]:
         """Sound images, (1, c, s, s); in the end what is wrong with the others is reported.
@@ -512,14 +524,12 @@ class _Reading:
     def _report(self) -> None:
         if not self.problems:
             return
-        total, more = len(self.rows) + len(self.problems), self.problems[_MOST_NAMED:]
+        total = len(self.rows) + len(self.problems)
         stacks = any("#" in row[0] for row in self.rows) or any(re.match(r".*#\d+: ", text) for text in self.problems)
         lines = self.problems[:_MOST_NAMED]
-        if more:
+        if more := len(self.problems) - len(lines):
             kinds = Counter(re.sub(r"(\S*\d\S* ?)+", "... ", text.split(": ", 1)[1]).strip() for text in self.problems)
-            lines.append(
-                f"and {len(more)} more; of all, " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(9))
-            )
+            lines.append(f"and {more} more; of all, " + "; ".join(f"{kind} ({n})" for kind, n in kinds.most_common(9)))
         title = f"{len(self.problems)} bad {'images' if stacks else 'files'} of {total} in {self.root}:"
         report = "\n  ".join((title, *lines))
         if self.on_bad_file == "raise" or not self.rows:
@@ -535,15 +545,14 @@ def _pack(cache: Path, reading: _Reading) -> tuple[np.ndarray, np.ndarray]:
     new = cache.with_name(f"{cache.name}.{os.getpid()}")
     try:
         save_array(new, reading.images(), reading.records())
-        with open(new, "rb") as file:
+        place = new if reading.problems else cache
+        os.replace(new, place)
+        with open(place, "rb") as file:
             found = _packed(file)
-        if reading.problems:
-            new.unlink()  # what is mapped stays there until the process ends
-            return found
-        os.replace(new, cache)
-        for old in cache.parent.glob(".lens_cache_*.npy"):
+        for old in [new] if reading.problems else cache.parent.glob(".lens_cache_*.npy"):
             if old != cache:
-                old.unlink(missing_ok=True)  # another script may be at the same
+                with suppress(OSError):  # another script may be at the same
+                    old.unlink()  # what is mapped is there until the process ends
         return found
     except OSError as error:
         advice = "the files will be read again next time, unless CACHE_DIR names a folder that can be written to"
@@ -561,9 +570,8 @@ def _pack(cache: Path, reading: _Reading) -> tuple[np.ndarray, np.ndarray]:
 def _list_files(root: Path, sources: list[_Source], classes: tuple[str, ...]) -> list[_Source]:
     """Every file of images of some classes, with its size and times, which tell when the folder has changed."""
     listing = []
-    if beside := [source.path for source in sources if source.name.startswith("../")]:
-        folder = beside[0] if beside[0].is_file() else beside[0].parent
-        print(f"{folder}: its images are the test images of {root}")
+    if any(source.name.startswith("../") for source in sources):
+        print(f"{os.path.abspath(root)}_test: its images are the test images of {root}")
     for source in sources:
         if source.of is None:
             listing.append(source._replace(state=(*_state(source.path), *_state(source.path.with_name("labels.npy")))))
@@ -577,7 +585,7 @@ def _list_files(root: Path, sources: list[_Source], classes: tuple[str, ...]) ->
                     name = f"{source.name}/{entry.name}"
                     listing.append(source._replace(path=Path(entry.path), name=name, state=_state(entry)))
     if not listing:
-        problems = "; ".join(_why_missing(root / name, 0, 0, "all") for name in classes)
+        problems = "; ".join(_why_missing(root / name, 0, 0, "all", True) for name in classes)
         raise InputError(f"{root}: no {KINDS} in its class folders: {problems}", status=2)
     return sorted(listing, key=lambda file: file.name)
 

@@ -172,13 +172,12 @@ def _wanted() -> str:
 
 def _how_to_crop(shape: tuple[int, ...]) -> str:
     """The remedy for a shape that is no image's: its central square; "" where it has none that is large enough."""
-    if len(shape) < 2:
+    if len(shape) not in (2, 3, 4) or (len(shape) == 3 and shape[0] == shape[1] and shape[2] > _MOST_CHANNELS):
         return ""
-    behind = len(shape) > 2 and shape[-1] <= _MOST_CHANNELS < min(shape[-3:-1])
+    behind = len(shape) > 2 and shape[-1] <= _MOST_CHANNELS < min(shape[-3:-1])  # the channels are
     sides = shape[-3:-1] if behind else shape[-2:]
-    few = len(shape) == 2 or (len(shape) == 3 and (behind or shape[0] <= _MOST_CHANNELS)) or len(shape) == 4
     size = min(*sides, _SIZES[-1])
-    return _slices(sides, size, ", :" if behind else "") if size in _SIZES and few and {*sides} != {size} else ""
+    return _slices(sides, size, ", :" if behind else "") if size in _SIZES and {*sides} != {size} else ""
 
 
 def _slices(sides: Sequence[int], size: int, behind: str = "") -> str:
