@@ -10,6 +10,7 @@ A file holds one square image of any numeric type and range, (s, s), (c, s, s) o
 What hides an image when it is scaled (NaN, a pixel of -999, the same value everywhere) makes it a bad one.
 """
 
+import errno
 import io
 import math
 import os
@@ -20,6 +21,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
 
@@ -44,6 +46,7 @@ _SIZES, _MOST_CHANNELS = range(8, 257), 16  # pixels on a side
 _LEAST, _GAP = 0.02, 0.9
 _LARGEST_FILE = 2**25  # bytes; the largest image of the widest numeric type takes half of it
 _LARGEST_PAIR = 2**22  # bytes; a pickle of many small things takes many times its size
+_MOST_HDUS = 100  # in front of the image in a FITS file
 _LONGEST_HEADER = 2**16  # bytes of a .npy file; NumPy itself refuses longer ones, having read them
 
 
@@ -254,7 +257,7 @@ def _parsing(kind: str) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise InputError(f"is not a {kind} file, or is damaged") from None
 
@@ -277,10 +280,10 @@ def _open_npy(file: BinaryIO, size: int, zipped: bool = False) -> _Array:
         image, values = _read_pickled(body, shape[0] - 1)
         return _Array(image.shape, lambda: image, lambda: iter((image,)), values)
     _check_type(dtype)
-    count, order = count_images(shape), "F" if fortran_order else "C"
+    count_images(shape)  # before so much is read as a damaged header says
+    order = "F" if fortran_order else "C"
     if size < offset + dtype.itemsize * math.prod(shape):
         raise InputError("is truncated")
-    of_one = shape if count is None else shape[1:]
     rest = head[offset:]
 
     def read(shape: tuple[int, ...]) -> np.ndarray:
@@ -301,7 +304,7 @@ def _open_npy(file: BinaryIO, size: int, zipped: bool = False) -> _Array:
             for _ in range(shape[0]):
                 yield read(shape[1:])
 
-    return _Array(shape, lambda: read(of_one), parts)
+    return _Array(shape, lambda: read(shape), parts)
 
 
 def _check_type(dtype: np.dtype) -> None:
@@ -401,7 +404,8 @@ def _quiet() -> Iterator[None]:
 def _image_of(hdus: "fits.HDUList") -> "fits.ImageHDU | None":
     """The first image that has pixels; None for tables alone."""
     with _quiet():
-        return next((hdu for hdu in hdus if hdu.is_image and hdu.shape), None)
+        # A damaged header may send astropy back to where it was, without end
+        return next((hdu for hdu in islice(hdus, _MOST_HDUS) if hdu.is_image and hdu.shape), None)
 
 
 def _open_fits(hdus: "fits.HDUList") -> _Array:

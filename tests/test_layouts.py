@@ -17,8 +17,8 @@ from astropy.io import fits
 from conftest import run_script
 
 import dataset
-from dataset import NpyDataset, classes_with_files, find_classes, load_parts, read_image
-from image_files import read_stack
+from dataset import NpyDataset, classes_with_files, find_classes, load_parts, read_entries, read_image
+from image_files import is_table, read_stack
 from settings import InputError
 
 RANDOM = np.random.default_rng(0)
@@ -355,6 +355,14 @@ def claims_too_much(path):
     path.write_bytes(path.read_bytes().replace(b"NAXIS1  =                   16", b"NAXIS1  =          16000000000"))
 
 
+def goes_back_without_end(path):
+    """A catalogue whose size is negative: the next one begins where this one does."""
+    catalogue().writeto(path)
+    rows = b"NAXIS2  =                    9"
+    assert rows in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(rows, b"NAXIS2  =                 -360"))
+
+
 STACK = some_images(20)[:, 0]
 REFUSED = {
     "wide": (
@@ -391,6 +399,7 @@ REFUSED = {
     "a FITS header that claims 2^40 pixels": (in_class("x.fits", claims_too_much), "has shape"),
     "a truncated stack": (in_class("x.npy", lambda path: path.write_bytes(npy_of(STACK)[:-9])), "is truncated"),
     "a catalogue": (in_class("x.fits", lambda path: catalogue().writeto(path)), "holds no image"),
+    "a FITS file that goes back": (in_class("x.fits", goes_back_without_end), "holds no image|is damaged"),
     "masked pixels": (in_class("x.fits", masked), "holds NaN or Inf"),
     "two arrays": (in_class("x.npz", lambda path: np.savez(path, a=STACK, b=STACK)), "holds 2 arrays: call"),
     "a bad image in a stack": (
@@ -425,6 +434,29 @@ def test_what_does_not_load_is_said_in_one_line(kind, tmp_path, monkeypatch):
         NpyDataset(tmp_path / "data")
     assert len(str(raised.value).splitlines()) == (3 if " bad " in str(raised.value) else 1)
     assert not (tmp_path / "bombed").exists()
+
+
+@pytest.mark.parametrize(
+    "kind", [".npz", ".npz of several arrays", "FITS", "FITS behind others", "FITS, gzip", "FITS, Rice"]
+)
+def test_damaged_bytes_give_an_image_or_what_is_wrong(kind, tmp_path):
+    ending, save, _ = FORMATS[kind]
+    random = np.random.default_rng(1)
+    save(tmp_path / f"whole{ending}", some_images(1, 3)[0])
+    whole = (tmp_path / f"whole{ending}").read_bytes()
+    path = tmp_path / f"x{ending}"
+    for _ in range(40):
+        content = bytearray(whole)
+        for where in random.integers(0, len(whole), 4) % random.choice([400, 3000, len(whole)]):
+            content[min(where, len(whole) - 1)] = random.integers(256)
+        path.write_bytes(content[: random.integers(len(whole)) if random.random() < 0.3 else None])
+        is_table(path)
+        for _, _, image in read_entries(path, "a"):
+            if isinstance(image, InputError):
+                assert str(image).startswith(str(path))
+            else:
+                assert np.isfinite(image[0]).all()
+                assert np.ptp(image[0]) == 1
 
 
 def test_stacks_of_few_images_are_taken_for_channels_but_not_where_labels_count_them(tmp_path):
