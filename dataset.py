@@ -1,28 +1,31 @@
-"""Images from .npy files: read and checked once, packed, held in memory, split the same way for everybody.
+"""Folders of lens images: read and checked once, packed, split the same way for everybody.
 
-    data/axion/*.npy   data/cdm/*.npy   data/no_sub/*.npy      or any other classes, one folder each
+    data/axion/*   data/cdm/*   data/no_sub/*      or any other classes, one folder each
 
 The folder says what it holds: its subfolders are the classes, in alphabetical order, and its files have the size and
-the channels of the images. A file holds one square image of any numeric type and range, (s, s), (c, s, s) or (s, s, c).
-The published axion files hold ``[image, axion mass]`` as a pickled object array; they load too, but nothing in a file
-can run code: see ``_read_pickled_pair``. What hides an image when it is scaled (NaN, a pixel of -999, the same value
-everywhere) makes its file a bad one.
+the channels of the images. In general it is ``[split/][class/]file``, where a file holds an image or a stack of them:
+
+    data/{train,val,test}/{class}/*     splits as they are given; a hash takes one that is missing out of train
+    data/{class}/*  data_test/{class}/* two folders side by side: the test images, and all others
+    data/*                              one class, called images
+    data/{class}.npy                    a stack for each class
+    data/images.npy  data/labels.npy    a stack, and the class of each image
+
+All of these may be in split folders. What a file may be is in ``image_files``.
 """
 
 import copy
 import hashlib
-import io
 import math
 import os
-import pickle
 import re
-import stat
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -31,40 +34,55 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import nanodit_path  # noqa: F401
-from files import contents, save_array
+from files import contents, save_array, write_arrays
+from image_files import (  # noqa: F401
+    KINDS,
+    MOST_VALUES,
+    LensImage,
+    Shape,
+    StackError,
+    is_image_file,
+    is_image_shape,
+    is_stack,
+    is_table,
+    normalize,
+    other_shape,
+    read_image,
+    read_stack,
+    stem_of,
+)
 from settings import InputError
 
-Shape = tuple[int, int, int]  # channels, height and width of an image
-
-_SIZES, _MOST_CHANNELS = range(8, 257), 16  # pixels on a side
+_SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}  # names of folders
 _ALL = "overall"  # in tables of metrics, all classes together
-_VERSION = 2  # of the cache; change it when what is read from a file changes
-# Some pixels hide the others when all but 1% on either side have less than this share of the range of an image, or when
-# no pixel has a value in so large a share of it
-_LEAST, _GAP = 0.02, 0.9
-_LARGEST_FILE = 2**25  # bytes; the largest image of the widest numeric type takes half of it
-_LARGEST_PAIR = 2**22  # bytes; a pickle of many small things takes many times its size
+_ONE_CLASS = "images"  # of images without labels
+_VERSION = 3  # of the cache; change it when what is read from a file changes
+_MOST_STACKS = 100  # in a folder with a stack for each class
+_MOST_NAMED = 20  # bad files in a report
 
 
 class NpyDataset(Dataset):
     """The images of a folder, or of one split of it, with their labels.
 
     Args:
-        root_dir: folder with a folder of images for each class.
+        root_dir: folder with a folder of images for each class, or another one that the top of this file shows.
         transform: applied to the images of ``dataset[i]``, (..., c, s, s) in [0, 1]; None leaves them as they are.
-        split: "train", "val", "test" or "all"; see ``split_of``.
+        split: "train", "val", "test" or "all"; as folders give it, see ``split_of`` for those that none gives.
         on_bad_file: "raise" reports every bad file of the folder and stops, "skip" reports them and goes on.
         on_missing_class: "raise" stops when a class has no image in the split, "go_on" does not.
         cache_dir: where the packed images are kept; in ``root_dir`` when None.
-        classes: names of the class folders, as of a checkpoint; None finds them, see ``find_classes``.
+        classes: names of the classes, as of a checkpoint; None finds them, see ``find_classes``.
 
     Attributes:
         classes: names of the labels 0, 1, ...
         image_shape: (c, s, s).
         images: (n, c, s, s) float32, each scaled to [0, 1] by its own minimum and maximum; read when first used.
         labels: (n,) int64, index into ``classes``.
-        axion_mass: (n,) float64 in eV, NaN where the file gives none.
-        files: path of each image relative to ``root_dir``.
+        low, high: (n,) float64, minimum and maximum of each image in the unit of its file, which became 0 and 1.
+        values: (n, 4) float64 that a pickled file gives behind its image; NaN where there are none.
+        axion_mass: (n,) float64 in eV, the first of them.
+        pixel_scale: in arcsec, the median of what FITS headers say; None when none does.
+        files: path of each image relative to ``root_dir``; "name.npy#k" is number k of a stack.
         cache_dir: where results computed from the images are kept.
         fingerprint: another one when any file of the folder has been written anew.
 
@@ -85,32 +103,47 @@ class NpyDataset(Dataset):
         self.root_dir = Path(root_dir)
         self.cache_dir = _cache_folder(self.root_dir, cache_dir)
         self.transform = transform
-        self.classes = find_classes(self.root_dir) if classes is None else tuple(classes)
+        sources = _sources(self.root_dir)
+        self.classes = _find_classes(self.root_dir, sources) if classes is None else tuple(classes)
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
-        self._packed, self.fingerprint = _load_folder(self.root_dir, self.classes, on_bad_file, self.cache_dir)
-        self.image_shape: Shape = self._packed.dtype["image"].shape
-        self._names = self._packed["file"].tolist()  # once: they lie scattered over the whole file
+        listing = _list_files(self.root_dir, sources, self.classes)
+        self._listed = Counter(file.of for file in listing)
+        self._given = {source.split for source in sources}
+        self._packed, self._records, self.fingerprint = _load(
+            self.root_dir, listing, self._given, on_bad_file, self.cache_dir
+        )
+        self.image_shape: Shape = self._packed.shape[1:]
         vars(self).update(vars(self.part(split, on_missing_class)))
 
     def part(self, split: str, on_missing_class: str = "raise") -> "NpyDataset":
         """Another split of the same folder, which is not read again."""
-        other = self.only(file for file in self._names if split in ("all", split_of(file)))
+        other = self._where((self._records["split"] == split) | (split == "all"))
         missing = [name for name, count in other.counts().items() if not count]
         if missing and (on_missing_class == "raise" or not len(other)):
-            classes = [file.split("/")[0] for file in self._names]
-            problems = (_why_missing(self.root_dir / name, classes.count(name), split) for name in missing)
+            counts = Counter(self._records["class"].tolist())
+            hashed = "" in self._given or ("train" in self._given and split not in self._given)
+            problems = (_why_missing(self.root_dir / of, self._listed[of], counts[of], split, hashed) for of in missing)
             raise InputError("; ".join(problems), status=2)
         return other
 
     def only(self, files: Iterable[str]) -> "NpyDataset":
         """The images of the same folder whose paths in it are among ``files``."""
-        other, wanted = copy.copy(self), set(files)
+        wanted = set(files)
+        return self._where([file in wanted for file in self._records["file"].tolist()])
+
+    def _where(self, keep: np.ndarray | list[bool]) -> "NpyDataset":
+        """Those images of the whole folder that are to be kept."""
+        other = copy.copy(self)
         for computed in ("images", "identity"):
             vars(other).pop(computed, None)
-        other._keep = np.flatnonzero([file in wanted for file in self._names])
-        other.files = [self._names[i] for i in other._keep]
-        other.labels = torch.tensor([self.class_to_idx[file.split("/")[0]] for file in other.files], dtype=torch.long)
-        other.axion_mass = self._packed["axion_mass"][other._keep].copy()
+        other._keep = np.flatnonzero(np.asarray(keep) & np.isin(self._records["class"], self.classes))
+        records = self._records[other._keep]
+        other.files = records["file"].tolist()
+        other.labels = torch.tensor([self.class_to_idx[name] for name in records["class"].tolist()], dtype=torch.long)
+        other.low, other.high, other.values = (records[name] for name in ("low", "high", "values"))
+        other.axion_mass = other.values[:, 0].copy()
+        scales = records["pixel_scale"][np.isfinite(records["pixel_scale"])]
+        other.pixel_scale = float(np.median(scales)) if len(scales) else None
         return other
 
     def counts(self) -> dict[str, int]:
@@ -132,7 +165,7 @@ class NpyDataset(Dataset):
     def read(self, index: Tensor | slice) -> Tensor:
         """Some of ``images``, read from the cache on disk without keeping the others in memory."""
         index = self._keep[np.asarray(index) if isinstance(index, Tensor) else index]
-        return torch.from_numpy(self._packed["image"][index])
+        return torch.from_numpy(self._packed[index])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -202,33 +235,6 @@ def diffusion_transforms(images: np.ndarray | Tensor) -> Tensor:
     return normalize(images).mul_(2).sub_(1)
 
 
-def normalize(images: np.ndarray | Tensor) -> Tensor:
-    """Scales each image to [0, 1] by its own minimum and maximum over all channels; a constant one becomes zeros.
-
-    Takes (s, s), (s, s, c) or (..., c, s, s) of any numeric type, returns (..., c, s, s) float32.
-    """
-    images = torch.as_tensor(images)
-    if images.dim() == 2:
-        images = images[None]
-    elif _channels_first(images.shape) != images.shape:
-        images = images.movedim(-1, 0)
-    if images.dtype != torch.float32:
-        images = images.double()  # before the minimum is taken off: a faint source on a bright sky keeps its digits
-        images = images / images.abs().amax((-3, -2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    low = images.amin((-3, -2, -1), keepdim=True)
-    images = images - low
-    return images.div_(images.amax((-3, -2, -1), keepdim=True).clamp_min_(torch.finfo(images.dtype).tiny)).float()
-
-
-def _channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape (c, s, s) of an image that is (s, s), (s, s, c) or (c, s, s); any other one as it is."""
-    if len(shape) == 2:
-        return 1, *shape
-    if len(shape) == 3 and shape[0] == shape[1]:
-        return shape[2], *shape[:2]
-    return shape
-
-
 def split_of(file: str | Path) -> str:
     """The split a file belongs to, "train" (70%), "val" (15%) or "test" (15%), by a hash of its name alone.
 
@@ -241,134 +247,6 @@ def split_of(file: str | Path) -> str:
     return "val" if fraction < 0.85 else "test"
 
 
-def is_image_file(name: str) -> bool:
-    """Whether a file of this name is taken for an image; hidden ones, caches and the "._0.npy" of a Mac, are not."""
-    return name.endswith(".npy") and not name.startswith(".")
-
-
-def read_image(path: str | Path, shape: Shape | None = None) -> tuple[np.ndarray, float]:
-    """One .npy file: its image, (c, s, s) float32 in [0, 1], and its axion mass in eV, NaN if it has none.
-
-    Args:
-        shape: that the image must have; None takes any.
-
-    Raises:
-        InputError: with the path and what is wrong with the file.
-    """
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a folder; a pipe or a device, which would never end
-            raise InputError("is not a file")
-        if status.st_size > _LARGEST_FILE:
-            raise InputError("is larger than any image")
-        pixels, mass = _read_npy(Path(path).read_bytes())
-        image = normalize(pixels).numpy()
-        if shape is not None and image.shape != shape:
-            raise InputError(_other_shape(image.shape, shape))
-        if problem := _what_hides(pixels):
-            raise InputError(problem)
-        return image, mass
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _other_shape(found: Shape, wanted: Shape) -> str:
-    """The complaint about an image of another shape; the only channel is left out."""
-    found, wanted = (str(shape[1:] if shape[0] == 1 else shape) for shape in (found, wanted))
-    return f"has shape {found}, not {wanted}"
-
-
-def _what_hides(pixels: np.ndarray) -> str | None:
-    """The complaint about pixels that leave nothing of an image scaled to its minimum and maximum; None for sound ones.
-
-    Few pixels do, far from all others, and so do wide tails: a hundredth of all on either side.
-    """
-    if not np.isfinite(pixels).all():
-        return "holds NaN or Inf"
-    values = np.sort(pixels, axis=None)
-    if values[0] == values[-1]:
-        return f"is blank: every pixel is {values[0]:g}"
-    scaled = values / max(abs(values[0]), abs(values[-1]))
-    steps, whole_range, tail = np.diff(scaled), scaled[-1] - scaled[0], len(values) // 100
-    edge = int(steps.argmax()) + 1
-    few, rest = sorted((values[:edge], values[edge:]), key=len)
-    hiding = "1 pixel" if len(few) == 1 else f"{len(few)} pixels"
-    if steps.max() < _GAP * whole_range or (len(few) > 4 and rest[0] == rest[-1]):  # a picture in two values is one
-        if not 0 < scaled[-1 - tail] - scaled[tail] < _LEAST * whole_range:
-            return None
-        hiding, few, rest = "pixels", values, values[tail : -1 - tail]
-    return f"has {hiding} from {few[0]:g} to {few[-1]:g}, which hide the others, from {rest[0]:g} to {rest[-1]:g}"
-
-
-def _read_npy(content: bytes) -> tuple[np.ndarray, float]:
-    """Pixels in float64, with their axes as in the file, and axion mass in the bytes of a .npy file."""
-    if not content:
-        raise InputError("is empty")
-    if not content.startswith(np.lib.format.MAGIC_PREFIX):
-        raise InputError("is not a .npy file")
-    file = io.BytesIO(content)
-    try:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(file)
-    except Exception:  # NumPy parses the header as Python text: a damaged one can raise nearly anything
-        raise InputError("has a damaged header") from None
-    body = content[file.tell() :]
-    if dtype.kind == "O" and shape == (2,):
-        return _read_pickled_pair(body)
-    _check_image(shape, dtype)
-    if len(body) < dtype.itemsize * math.prod(shape):
-        raise InputError("is truncated")
-    pixels = np.frombuffer(body, dtype, math.prod(shape)).reshape(shape, order="F" if fortran_order else "C")
-    return pixels.astype(np.float64), np.nan
-
-
-def _check_image(shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Raises InputError unless an array is an image."""
-    if dtype.kind not in "buif":
-        raise InputError(f"holds values of type {dtype}, not real numbers")
-    if not is_image_shape(_channels_first(shape)):
-        wanted = f"square, of {_SIZES[0]} to {_SIZES[-1]} pixels, with {_MOST_CHANNELS} channels at most"
-        raise InputError(f"has shape {shape}: an image is {wanted}")
-
-
-class _NumpyUnpickler(pickle._Unpickler):
-    """Builds NumPy arrays and scalars and refuses every other thing a pickle can name.
-
-    The unpickler written in Python, since the one in C allocates whatever a damaged file asks for.
-    """
-
-    ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
-        ("multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
-        ("multiarray", "scalar"): np._core.multiarray.scalar,
-        ("numeric", "_frombuffer"): np._core.numeric._frombuffer,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
-    def find_class(self, module: str, name: str):
-        short = module.removeprefix("numpy.core.").removeprefix("numpy._core.")  # NumPy 1 and NumPy 2
-        if (short, name) not in self.ALLOWED:
-            raise InputError(f"refused: its pickle asks for {module}.{name}")
-        return self.ALLOWED[short, name]
-
-
-def _read_pickled_pair(body: bytes) -> tuple[np.ndarray, float]:
-    """The published axion format: an object array ``[image, axion mass]``, pickled by NumPy 1.x or 2.x."""
-    if len(body) > _LARGEST_PAIR:
-        raise InputError("is larger than any pair of image and axion mass")
-    try:
-        image, mass = _NumpyUnpickler(io.BytesIO(body)).load()
-        _check_image(image.shape, image.dtype)
-        return image.astype(np.float64), float(mass)
-    except InputError:
-        raise
-    except Exception:  # a damaged pickle can raise nearly anything
-        raise InputError("is not a pair of image and axion mass, or is damaged") from None
-
-
 def _cache_folder(root: Path, cache_dir: str | Path | None) -> Path:
     """Where the cache of a folder is: in the folder, or in one of its own under ``cache_dir``."""
     if cache_dir is None:
@@ -377,36 +255,173 @@ def _cache_folder(root: Path, cache_dir: str | Path | None) -> Path:
     return Path(cache_dir) / f"{root.resolve().name}_{place}"
 
 
-def _why_missing(folder: Path, count: int, split: str) -> str:
-    """The reason that a class of ``count`` images has none in a split, and the remedy."""
+def _why_missing(folder: Path, listed: int, count: int, split: str, hashed: bool) -> str:
+    """The reason that a class of ``listed`` files and ``count`` images has none in a split, and the remedy."""
     if count:
-        hashed = "to which a hash of the name assigns them: add images"
-        return f"{folder}: none of its {count} images is in the split {split!r}, {hashed}"
+        how = "to which a hash of the name assigns them" if hashed else "which folders give here"
+        return f"{folder}: none of its {count} images is in the split {split!r}, {how}: add images"
+    if listed:
+        return f"{folder}: all of its {listed} files are bad"
     if not folder.is_dir():
-        return f"{folder.parent}: no folder {folder.name} with .npy files"
-    if here := list(filter(is_image_file, os.listdir(folder))):
-        return f"{folder}: all of its {len(here)} files are bad"
-    deeper = next((path.parent for path in sorted(folder.glob("*/**/*.npy")) if is_image_file(path.name)), None)
+        return f"{folder.parent}: no folder {folder.name} with {KINDS}"
+    deeper = next((path.parent for path in sorted(folder.glob("*/**/*")) if is_image_file(path.name)), None)
     advice = f", but in {deeper}: move them up" if deeper else ": add some, or move it away if it is no class"
-    return f"{folder}: no .npy files in it{advice}"
+    return f"{folder}: no {KINDS} in it{advice}"
 
 
-def find_classes(root: Path) -> tuple[str, ...]:
-    """Names of the class folders of a folder, in alphabetical order, which gives the labels 0, 1, ...
+class _Source(NamedTuple):
+    """A folder of images, or a file of images, of one class in one split.
 
-    Every folder counts, also one without images, which is a class whose images are missing.
+    ``name`` is its path relative to the root, ``of`` its class, None where labels.npy beside it says it, and ``split``
+    what its folder says, "" where a hash of the name does.
+    """
+
+    path: Path
+    name: str
+    of: str | None
+    split: str
+    state: tuple[int, ...] = ()  # size and times of change of a file
+
+
+def find_classes(root: str | Path) -> tuple[str, ...]:
+    """Names of the classes of a folder, those of its class folders, stacks or labels, which gives the labels 0, 1, ...
+
+    They are in alphabetical order; whole numbers in files of labels are in their own.
+
+    Every class folder counts, also one without images, which is a class whose images are missing.
 
     Raises:
         InputError: when there is none, or one with a name that no class can have.
     """
-    folders = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    if classes := tuple(sorted(filter(is_class_name, folders))):
-        if _ALL in classes:
-            raise InputError(f"{root / _ALL}: no class can have this name, which stands for all images: rename it", 2)
-        return classes
+    return _find_classes(Path(root), _sources(Path(root)))
+
+
+def classes_with_files(root: str | Path) -> set[str]:
+    """Names of the classes of a folder that there are files of, sound or not; none for a folder without classes."""
+    sources = _sources(Path(root))
+    empty = [
+        source for source in sources if source.path.is_dir() and not any(map(is_image_file, os.listdir(source.path)))
+    ]
+    return _classes_of([source for source in sources if source not in empty])
+
+
+def _find_classes(root: Path, sources: list[_Source]) -> tuple[str, ...]:
+    names = _classes_of(sources)
+    if _ALL in names:
+        raise InputError(f"{root / _ALL}: no class can have this name, which stands for all images: rename it", 2)
+    if bad := sorted(name for name in names if not is_class_name(name)):
+        raise InputError(f"{root}: no class can have the name {bad[0]!r}: rename it", 2)
+    if names:
+        of_labels = all(source.of is None for source in sources)
+        numbers = of_labels and all(re.fullmatch(r"-?\d+", name) for name in names)
+        return tuple(sorted(names, key=int if numbers else None))
     what = f"it {contents(root)}" if root.is_dir() else "there is no such folder"
     advice = "simulate/simulate_lenses.py makes some"
-    raise InputError(f"{root}: no class folders with .npy files, {what}; {advice}", status=2)
+    raise InputError(f"{root}: no class folders with {KINDS}, {what}; {advice}", status=2)
+
+
+def read_entries(path: Path, of: str | None = None) -> Iterator[tuple[str, str | None, LensImage | InputError]]:
+    """("", class, image) of a file that holds one, or ("#k", class, image) of every one in a stack.
+
+    The class is ``of``, or where that is None what ``read_labels`` gives. In place of a bad image stands what is wrong
+    with it; no InputError is raised.
+    """
+    try:
+        labels = read_labels(path) if of is None else None
+        if labels is None:
+            with suppress(StackError):
+                yield "", of, read_image(path)
+                return
+        for k, image in enumerate(read_stack(path, None if labels is None else len(labels))):
+            yield f"#{k}", labels[k] if labels else of, image
+    except InputError as error:
+        yield "", of, error
+
+
+def read_labels(path: Path) -> list[str] | None:
+    """The class of every image of the stack images.npy, as labels.npy beside it says it; None for any other file.
+
+    Raises:
+        InputError: when it does not hold whole numbers or texts, one for each image.
+    """
+    file = path.with_name("labels.npy")
+    if stem_of(path.name) != "images" or not file.is_file():
+        return None
+    try:
+        with open(file, "rb") as content:
+            labels = np.lib.format.read_array(content, allow_pickle=False)
+    except Exception:  # a damaged header can raise nearly anything
+        raise InputError(f"{file}: is not a .npy file of numbers or texts, or is damaged") from None
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, "utf-8", "replace")
+    if labels.dtype.kind == "b" or (labels.dtype.kind == "f" and (labels % 1 == 0).all()):
+        labels = labels.astype(np.int64)
+    if labels.dtype.kind not in "uiU" or labels.size != max(labels.shape, default=0):
+        kind = f"{labels.dtype} of shape {labels.shape}"
+        raise InputError(f"{file}: holds {kind}, not a whole number or a text for each image")
+    return list(map(str, labels.ravel().tolist()))
+
+
+def _sources(root: Path) -> list[_Source]:
+    """Class folders of a folder, of its split folders or of the two side by side; or, without any, files of images.
+
+    Raises:
+        InputError: for a split folder that holds nothing of what the others hold.
+    """
+    folders = _folders(root)
+    if folders and _SPLITS.keys() >= {*folders}:
+        places = [_Source(root / name, f"{name}/", "", _SPLITS[name]) for name in folders]
+        found = _in_places(places)
+        for place in places:
+            if not any(source.name.startswith(place.name) for source in found):
+                what = "class folders" if found and found[0].path.is_dir() else KINDS
+                raise InputError(f"{place.path}: no {what} in it: add some, or move it away", 2)
+        return found
+    test = Path(f"{os.path.abspath(root)}_test")
+    if test.is_dir():
+        of_root = _in_places([_Source(root, "", "", "train")])
+        of_test = _in_places([_Source(test, f"../{test.name}/", "", "test")])
+        if of_root and _classes_of(of_root) == _classes_of(of_test):
+            return of_root + of_test
+    return _in_places([_Source(root, "", "", "")])
+
+
+def _classes_of(sources: list[_Source]) -> set[str]:
+    names = [[source.of] if source.of is not None else read_labels(source.path) for source in sources]
+    return set().union(*names)
+
+
+def _folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder that can be those of classes, in alphabetical order."""
+    inside = folder.iterdir() if folder.is_dir() else []
+    return sorted(path.name for path in inside if path.is_dir() and is_class_name(path.name))
+
+
+def _in_places(places: list[_Source]) -> list[_Source]:
+    """Class folders of some folders; where none of these has any, their files of images."""
+    found = [
+        place._replace(path=place.path / name, name=f"{place.name}{name}", of=name)
+        for place in places
+        for name in _folders(place.path)
+    ]
+    return found or [file for place in places for file in _files_of(place)]
+
+
+def _files_of(place: _Source) -> list[_Source]:
+    """Files of images of a folder without class folders: a labelled stack, a stack for each class, or images of one."""
+    names = sorted(filter(is_image_file, os.listdir(place.path))) if place.path.is_dir() else []
+    files = [place._replace(path=place.path / name, name=f"{place.name}{name}", of=_ONE_CLASS) for name in names]
+    files = [file for file in files if not is_table(file.path)]
+    if labelled := [file._replace(of=None) for file in files if read_labels(file.path) is not None]:
+        return labelled[:1]
+    stacks = [is_stack(file.path) for file in files] if len(files) <= _MOST_STACKS else []
+    if True not in stacks:
+        return files
+    if False in stacks:
+        one, stack = files[stacks.index(False)], files[stacks.index(True)]
+        advice = "put the files of each class into a folder of its own"
+        raise InputError(f"{one.path} is one image, and {stack.path} is a stack of images: {advice}", 2)
+    return [file._replace(of=stem_of(file.path.name)) for file in files]
 
 
 def is_class_name(name: Any) -> bool:
@@ -421,82 +436,162 @@ def are_classes(names: Any) -> bool:
     )
 
 
-def is_image_shape(shape: Sequence[int]) -> bool:
-    """Whether an image can have this shape, (c, s, s)."""
-    return len(shape) == 3 and 0 < shape[0] <= _MOST_CHANNELS and shape[1] == shape[2] and shape[1] in _SIZES
-
-
-def _load_folder(root: Path, classes: tuple[str, ...], on_bad_file: str, cache_dir: Path) -> tuple[np.ndarray, str]:
-    """The images of a folder as records (file, image, axion_mass), from its cache when that is fresh, and fingerprint.
+def _load(
+    root: Path, listing: list[_Source], given: set[str], on_bad_file: str, cache_dir: Path
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Images (n, c, s, s), which stay on disk, records of them, and fingerprint; from a cache when that is fresh.
 
     Raises:
         InputError: with every bad file, unless they are to be skipped; when there is no other one.
     """
-    listing = _list_files(root, classes)
-    fingerprint = hashlib.sha256(repr((listing, _VERSION)).encode()).hexdigest()[:16]
+    state = [(file.name, file.of, file.split, *file.state) for file in listing]
+    fingerprint = hashlib.sha256(repr((state, sorted(given), _VERSION)).encode()).hexdigest()[:16]
     cache = cache_dir / f".lens_cache_{fingerprint}.npy"
-    with suppress(OSError, ValueError, EOFError):  # it is absent, or was cut short by a full disk
-        return np.load(cache, mmap_mode="r", allow_pickle=False), fingerprint
-    packed, problems = _read_files(root, [file for file, *_ in listing])
-    if not problems:
-        _write_cache(cache, packed)
-        return packed, fingerprint
-    report = f"{len(problems)} bad files of {len(listing)} in {root}:\n  " + "\n  ".join(problems)
-    if on_bad_file == "raise" or len(problems) == len(listing):
-        raise InputError(report + '\nremove or mend them, or set ON_BAD_FILE = "skip"')
-    print(report + "\nskipped")
-    return packed[packed["file"] != ""], fingerprint  # without a cache: every run reports its bad files
-
-
-def _read_files(root: Path, names: list[str], shape: Shape | None = None) -> tuple[np.ndarray | None, list[str]]:
-    """Records of the sound images, at the places of their names, and what is wrong with the other files.
-
-    All have the shape of most of them: that of the first one, or else everything is read again.
-    """
-    packed, problems, shapes = None, [], Counter()
-    for i, name in enumerate(tqdm(names, f"reading {root}", unit="file", leave=False)):
-        try:
-            image, mass = read_image(root / name)
-            shape = shape or image.shape
-            shapes[image.shape] += 1
-            if image.shape != shape:
-                raise InputError(f"{root / name}: {_other_shape(image.shape, shape)}")
-            if packed is None:
-                length = max(map(len, names))
-                packed = np.zeros(len(names), [("file", f"U{length}"), ("image", "f4", shape), ("axion_mass", "f8")])
-            packed[i] = (name, image, mass)
-        except InputError as error:
-            problems.append(str(error))
-    most = max(shapes, key=shapes.get, default=shape)
-    return (packed, problems) if most == shape else _read_files(root, names, most)
-
-
-def _list_files(root: Path, classes: tuple[str, ...]) -> list[tuple[str, int, int, int]]:
-    """(relative path, size, times of change) of every image, which tells when the folder has changed."""
-    listing = []
-    for folder in (root / name for name in classes if (root / name).is_dir()):
-        for entry in os.scandir(folder):
-            if entry.is_dir(follow_symlinks=False) and any(map(is_image_file, os.listdir(entry))):
-                print(f"{entry.path}: its images are left out, as only those of {folder} itself count")
-            elif is_image_file(entry.name):
-                size_and_times = -1, -1, -1
-                with suppress(OSError):  # a broken link; reading it will say so
-                    status = entry.stat()
-                    size_and_times = status.st_size, status.st_mtime_ns, status.st_ctime_ns
-                listing.append((f"{folder.name}/{entry.name}", *size_and_times))
-    if not listing:
-        problems = "; ".join(_why_missing(root / name, 0, "all") for name in classes)
-        raise InputError(f"{root}: no .npy files in its class folders: {problems}", status=2)
-    return sorted(listing)
-
-
-def _write_cache(path: Path, packed: np.ndarray) -> None:
-    """Writes the cache of a folder in place of its older ones; it appears whole or not at all."""
+    with suppress(OSError, ValueError, EOFError), open(cache, "rb") as file:  # absent, or cut short by a full disk
+        return *_packed(file), fingerprint
     try:
-        save_array(path, packed)
-        for old in path.parent.glob(".lens_cache_*.npy"):
-            if old != path:
-                old.unlink(missing_ok=True)  # another script may be at the same
+        return *_pack(cache, _Reading(root, listing, given, on_bad_file)), fingerprint
+    except _OtherShape as other:
+        return *_pack(cache, _Reading(root, listing, given, on_bad_file, other.args[0])), fingerprint
+
+
+def _packed(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+    """The two arrays of a cache: images, which stay on disk, and records."""
+    file.seek(0)
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    images = np.memmap(file, dtype, "r", file.tell(), shape)
+    file.seek(images.offset + images.nbytes)
+    return images, np.load(file, allow_pickle=False)
+
+
+class _OtherShape(Exception):
+    """Most images have another shape than the first one, that of ``args[0]``."""
+
+
+class _Reading:
+    """The images of the files of a listing, one at a time, and a record of each: (file, class, split, low, high,
+    values, pixel_scale).
+
+    Args:
+        given: splits that folders give.
+        shape: of the images; None is that of the first one.
+    """
+
+    def __init__(
+        self, root: Path, listing: list[_Source], given: set[str], on_bad_file: str, shape: Shape | None = None
+    ):
+        self.root, self.listing, self.given, self.on_bad_file, self.shape = root, listing, given, on_bad_file, shape
+
+    def images(self) -> Iterator[np.ndarray]:
+        """Sound images, (1, c, s, s); in the end what is wrong with the others is reported.
+
+        Raises:
+            InputError: see ``_load``.
+            _OtherShape: when most images do not have the shape.
+        """
+        self.rows, self.problems, shapes = [], [], Counter()
+        for file in tqdm(self.listing, f"reading {self.root}", unit="file", leave=False):
+            for end, of, image in read_entries(file.path, file.of):
+                if not isinstance(image, InputError):
+                    shapes[image[0].shape] += 1
+                    self.shape = self.shape or image[0].shape
+                    if image[0].shape != self.shape:
+                        image = InputError(f"{file.path}{end}: {other_shape(image[0].shape, self.shape)}")
+                if isinstance(image, InputError):
+                    self.problems.append(str(image))
+                    continue
+                split = self._split(file.split, name := f"{file.name}{end}")
+                self.rows.append((name, of, split, image.low, image.high, image.values, image.pixel_scale))
+                yield image[0][None]
+        if shapes and (most := max(shapes, key=shapes.get)) != self.shape:
+            raise _OtherShape(most)
+        self._report()
+
+    def records(self) -> Iterator[np.ndarray]:
+        """The records, all at once, when the images have been read."""
+        names = [
+            (name, f"U{max(len(row[i]) for row in self.rows)}") for i, name in enumerate(("file", "class", "split"))
+        ]
+        numbers = [("low", "f8"), ("high", "f8"), ("values", "f8", MOST_VALUES), ("pixel_scale", "f8")]
+        yield np.array(self.rows, names + numbers)
+
+    def _split(self, given: str, name: str) -> str:
+        """The split of an image: that of its folder, but what no folder has is taken out of train."""
+        hashed = split_of(name)
+        return given if given in ("val", "test") or hashed in self.given else hashed
+
+    def _report(self) -> None:
+        if not self.problems:
+            return
+        total = len(self.rows) + len(self.problems)
+        stacks = any("#" in row[0] for row in self.rows) or any(re.match(r".*#\d+: ", text) for text in self.problems)
+        lines = self.problems[:_MOST_NAMED]
+        if more := len(self.problems) - len(lines):
+            kinds = Counter(re.sub(r"(\S*\d\S* ?)+", "... ", text.split(": ", 1)[1]).strip() for text in self.problems)
+            lines.append(f"and {more} more; of all, " + "; ".join(f"{kind} ({n})" for kind, n in kinds.most_common(9)))
+        title = f"{len(self.problems)} bad {'images' if stacks else 'files'} of {total} in {self.root}:"
+        report = "\n  ".join((title, *lines))
+        if self.on_bad_file == "raise" or not self.rows:
+            raise InputError(report + '\nremove or mend them, or set ON_BAD_FILE = "skip"')
+        print(report + "\nskipped")
+
+
+def _pack(cache: Path, reading: _Reading) -> tuple[np.ndarray, np.ndarray]:
+    """Writes images as they are read to the cache of a folder, in place of its older ones, and returns what it holds.
+
+    It appears whole or not at all; not with bad files, so that every run reports them. The memory holds one image.
+    """
+    new = cache.with_name(f"{cache.name}.{os.getpid()}")
+    try:
+        save_array(new, reading.images(), reading.records())
+        place = new if reading.problems else cache
+        os.replace(new, place)
+        with open(place, "rb") as file:
+            found = _packed(file)
+        for old in [new] if reading.problems else cache.parent.glob(".lens_cache_*.npy"):
+            if old != cache:
+                with suppress(OSError):  # another script may be at the same
+                    old.unlink()  # what is mapped is there until the process ends
+        return found
     except OSError as error:
         advice = "the files will be read again next time, unless CACHE_DIR names a folder that can be written to"
-        print(f"{path} cannot be written ({error.strerror}): {advice}")
+        print(f"{cache} cannot be written ({error.strerror}): {advice}")
+    try:
+        with tempfile.TemporaryFile() as file:
+            write_arrays(file, reading.images(), reading.records())
+            file.flush()
+            return _packed(file)
+    except OSError as error:
+        error.filename = tempfile.gettempdir()
+        raise
+
+
+def _list_files(root: Path, sources: list[_Source], classes: tuple[str, ...]) -> list[_Source]:
+    """Every file of images of some classes, with its size and times, which tell when the folder has changed."""
+    listing = []
+    if any(source.name.startswith("../") for source in sources):
+        print(f"{os.path.abspath(root)}_test: its images are the test images of {root}")
+    for source in sources:
+        if source.of is None:
+            listing.append(source._replace(state=(*_state(source.path), *_state(source.path.with_name("labels.npy")))))
+        elif source.of in classes and not source.path.is_dir():
+            listing.append(source._replace(state=_state(source.path)))
+        elif source.of in classes:
+            for entry in os.scandir(source.path):
+                if entry.is_dir(follow_symlinks=False) and any(map(is_image_file, os.listdir(entry))):
+                    print(f"{entry.path}: its images are left out, as only those of {source.path} itself count")
+                elif is_image_file(entry.name):
+                    name = f"{source.name}/{entry.name}"
+                    listing.append(source._replace(path=Path(entry.path), name=name, state=_state(entry)))
+    if not listing:
+        problems = "; ".join(_why_missing(root / name, 0, 0, "all", True) for name in classes)
+        raise InputError(f"{root}: no {KINDS} in its class folders: {problems}", status=2)
+    return sorted(listing, key=lambda file: file.name)
+
+
+def _state(entry: "os.DirEntry | Path") -> tuple[int, ...]:
+    with suppress(OSError):  # a broken link; reading it will say so
+        status = entry.stat()
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return -1, -1, -1

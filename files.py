@@ -53,10 +53,32 @@ def whole(path: str | Path, sync: bool = False) -> Iterator[BinaryIO]:
         raise
 
 
-def save_array(path: str | Path, array: np.ndarray) -> None:
-    """Writes a .npy file, whole or not at all."""
+def save_array(path: str | Path, *arrays: np.ndarray | Iterable[np.ndarray]) -> None:
+    """Writes a .npy file, whole or not at all, see ``write_arrays``."""
     with whole(path) as file:
-        file.write(npy_bytes(array))
+        write_arrays(file, *arrays)
+
+
+def write_arrays(file: BinaryIO, *arrays: np.ndarray | Iterable[np.ndarray]) -> None:
+    """Writes arrays one behind the other, as ``np.load`` reads them from an open file, and from a path the first alone.
+
+    One that memory cannot hold comes as its parts along the first axis, of which there is at least one.
+    """
+    for array in arrays:
+        if isinstance(array, np.ndarray):
+            file.write(npy_bytes(array))
+            continue
+        start, length = file.tell(), 0
+        for part in array:
+            header = {"descr": np.lib.format.dtype_to_descr(part.dtype), "fortran_order": False}
+            if not length:
+                np.lib.format.write_array_header_1_0(file, header | {"shape": part.shape})
+            file.write(np.ascontiguousarray(part).tobytes())
+            length += len(part)
+        end = file.tell()
+        file.seek(start)
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (length, *part.shape[1:])})  # NumPy leaves room
+        file.seek(end)
 
 
 def npy_bytes(array: np.ndarray) -> memoryview:

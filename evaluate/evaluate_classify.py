@@ -3,7 +3,8 @@
     python evaluate/evaluate_classify.py --npy_path generated_npy/axion/0.npy
     python evaluate/evaluate_classify.py --npy_path generated_npy          # a folder: a table and the accuracy
 
-The images may be of any range; each is scaled to [0, 1] first, as in training.
+The images may be of any range; each is scaled to [0, 1] first, as in training. A file may be of any kind that training
+takes, also a stack, whose images are called name.npy#0, name.npy#1, ...
 """
 
 import sys
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
-from dataset import is_image_file, read_image
+from dataset import KINDS, LensImage, is_image_file, is_table, read_entries, read_labels, stem_of
 from models.classifier import classify, load_classifier
 from settings import InputError
 
@@ -30,54 +31,72 @@ DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU w
 def main() -> None:
     model = load_classifier(MODEL_PATH, settings.pick_device(DEVICE))
     path = Path(NPY_PATH)
-    if not path.is_dir():
-        probabilities, _ = classify(model, read(path, model)[None])
-        confidence, index = probabilities[0].max(0)
-        print(f"Predicted Class: '{model.classes[index]}' (Index: {index})")
-        print(f"Confidence: {confidence:.4f}")
-        return
-    found = (file for file in path.rglob("*.npy") if is_image_file(file.name))
-    files = sorted(found, key=lambda file: (file.parent, len(file.name), file.name))
-    if not files:
-        raise InputError(f"{path}: no .npy files in it")
-    images, problems = {}, []
+    files = find_files(path) if path.is_dir() else [path]
+    images, true, problems = {}, {}, []
     for file in files:
-        try:
-            images[str(file.relative_to(path))] = read(file, model)
-        except InputError as error:
-            problems.append(str(error))
+        for end, of, image in read_entries(file):
+            try:
+                name = f"{file.relative_to(path) if path.is_dir() else file.name}{end}"
+                images[name] = checked(image, f"{file}{end}", model)
+                true[name] = of or true_class(path, file, bool(end), model.classes)
+            except InputError as error:
+                problems.append(str(error))
     if problems and (ON_BAD_FILE == "raise" or not images):
         raise InputError("\n".join(problems))
     for problem in problems:
         print(f"{problem}: skipped")
+    if list(images) == [path.name] and not path.is_dir():
+        probabilities, _ = classify(model, images[path.name][None])
+        confidence, index = probabilities[0].max(0)
+        print(f"Predicted Class: '{model.classes[index]}' (Index: {index})")
+        print(f"Confidence: {confidence:.4f}")
+        return
     found = {}
     for shape in {image.shape for image in images.values()}:  # the classifier resizes all of one size at once
         names = [name for name, image in images.items() if image.shape == shape]
         found |= dict(zip(names, classify(model, torch.stack([images[name] for name in names]))[0], strict=True))
     confidences, indices = torch.stack([found[name] for name in images]).max(1)
     called = [model.classes[index] for index in indices]
-    print_table(path.resolve().name, list(images), called, confidences.tolist(), model.classes)
+    print_table(true, called, confidences.tolist(), model.classes)
 
 
-def read(path: Path, model: nn.Module) -> Tensor:
-    """One image, (c, s, s), of the classifier's channels; InputError for any other."""
-    image = torch.from_numpy(read_image(path)[0])
-    if len(image) != model.channels:
-        raise InputError(f"{path}: has {len(image)} channels, but {MODEL_PATH} takes {model.channels}")
-    return image
+def find_files(folder: Path) -> list[Path]:
+    """Files of images in a folder and those in it; InputError when there are none."""
+    found = (file for file in folder.rglob("*") if is_image_file(file.name) and not is_table(file))
+    files = sorted(found, key=lambda file: (file.parent, len(file.name), file.name))
+    labels = {file.with_name("labels.npy") for file in files if read_labels(file) is not None}
+    if not files:
+        raise InputError(f"{folder}: no {KINDS} in it")
+    return [file for file in files if file not in labels]
+
+
+def checked(image: LensImage | InputError, name: str, model: nn.Module) -> Tensor:
+    """An image, (c, s, s), of the classifier's channels; InputError for any other."""
+    if isinstance(image, InputError):
+        raise image
+    if len(image[0]) != model.channels:
+        raise InputError(f"{name}: has {len(image[0])} channels, but {MODEL_PATH} takes {model.channels}")
+    return torch.from_numpy(image[0])
+
+
+def true_class(top: Path, file: Path, is_stack: bool, classes: tuple[str, ...]) -> str | None:
+    """The class that a folder around a file is called after, ``top`` at most, or a stack itself; None for no class."""
+    names = [*reversed(file.relative_to(top).parts[:-1]), top.resolve().name] if top.is_dir() else []
+    if is_stack:
+        names.append(stem_of(file.name))
+    return next((name for name in names if name in classes), None)
 
 
 def print_table(
-    top: str, files: list[str], called: list[str], confidences: list[float], classes: tuple[str, ...]
+    true: dict[str, str | None], called: list[str], confidences: list[float], classes: tuple[str, ...]
 ) -> None:
-    """A line for each file, then the accuracy of each class: that of the folder, ``top`` at most, that has its name."""
-    width, column = max(map(len, files)), max(map(len, ("predicted", *classes)))
+    """A line for each image, then the accuracy of each class, as far as it is known of images, by name."""
+    width, column = max(map(len, true)), max(map(len, ("predicted", *classes)))
     print(f"{'file':{width}}  {'predicted':{column}}  confidence")
-    for file, name, confidence in zip(files, called, confidences, strict=True):
+    for file, name, confidence in zip(true, called, confidences, strict=True):
         print(f"{file:{width}}  {name:{column}}  {confidence:.4f}")
-    true = [next((part for part in reversed((top, *Path(file).parts[:-1])) if part in classes), None) for file in files]
     for of in classes:
-        right = [name == of for name, of_file in zip(called, true, strict=True) if of_file == of]
+        right = [name == of for name, of_file in zip(called, true.values(), strict=True) if of_file == of]
         if right:
             print(f"Accuracy on {of}: {sum(right) / len(right):.2%} of {len(right)}")
 

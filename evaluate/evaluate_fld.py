@@ -17,7 +17,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed
 import settings
-from dataset import NpyDataset, is_image_file, load_parts, print_counts
+from dataset import KINDS, NpyDataset, classes_with_files, is_image_file, load_parts, print_counts
 from files import contents, hold, holder_of
 from models import generated_folder
 from models.generator import Generator, generate_image, load_model  # noqa: F401
@@ -131,12 +131,12 @@ def open_folder_or_checkpoint(path: str, classes: tuple[str, ...]) -> NpyDataset
         return load_model(path, DEVICE)
     if distributed.is_main() and (holder := holder_of(folder)):
         raise InputError(f"{folder} is in use; it belongs to {holder}: score it when that has ended")
-    there = {name: any(is_image_file(path.name) for path in (folder / name).glob("*")) for name in classes}
-    if missing := [f"{name}/" for name in classes if not there[name]]:
+    there = classes_with_files(folder)
+    if missing := [f"{name}/" for name in classes if name not in there]:
         found = contents(folder)
-        deeper = {path.parent for path in folder.rglob("*.npy") if is_image_file(path.name)} - {folder}
+        deeper = {path.parent for path in folder.rglob("*") if is_image_file(path.name)} - {folder}
         found += f", with images in {min(deeper)}" if deeper else ""
-        raise InputError(f"{folder}: nothing to score: no .npy images in {', '.join(missing)}; it {found}", status=2)
+        raise InputError(f"{folder}: nothing to score: no {KINDS} in {', '.join(missing)}; it {found}", status=2)
     print(f"Scoring the images of {folder}: nothing is generated")
     cache = CACHE_DIR or Path(REPORT_DIR) / "cache"
     with distributed.main_first():

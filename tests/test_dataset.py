@@ -483,7 +483,7 @@ def test_classes_may_be_given_as_those_of_a_checkpoint(data_copy):
     assert two.counts() == {"no_sub": 48, "axion": 48}
     assert all(file.startswith(two.classes[label]) for file, label in zip(two.files, two.labels.tolist(), strict=True))
     for wanted in (("axion", "wdm"), ("wdm",)):
-        with pytest.raises(InputError, match=rf"{data_copy}: no folder wdm with \.npy files") as raised:
+        with pytest.raises(InputError, match=rf"{data_copy}: no folder wdm with \.npy, \.npz or FITS files") as raised:
             NpyDataset(data_copy, classes=wanted)
         assert raised.value.status == 2
         assert "\n" not in str(raised.value)
@@ -532,18 +532,20 @@ def test_a_file_can_be_required_to_have_a_shape(tmp_path):
 
 
 def test_a_folder_without_classes_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere: no class folders with \.npy files, there is no such folder"):
+    with pytest.raises(
+        InputError, match=r"nowhere: no class folders with \.npy, \.npz or FITS files, there is no such folder"
+    ):
         NpyDataset(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"no class folders with \.npy files, it is empty"):
+    with pytest.raises(InputError, match=r"no class folders with \.npy, \.npz or FITS files, it is empty"):
         NpyDataset(tmp_path)
-    (tmp_path / "image.fits").touch()
-    with pytest.raises(InputError, match=r"no class folders with \.npy files, it holds 1 \.fits file"):
+    (tmp_path / "image.png").touch()
+    with pytest.raises(InputError, match=r"no class folders with \.npy, \.npz or FITS files, it holds 1 \.png file"):
         NpyDataset(tmp_path)
     for name in CLASSES:
         (tmp_path / name).mkdir()
-    with pytest.raises(InputError, match=r"no \.npy files") as raised:
+    with pytest.raises(InputError, match=r"no \.npy, \.npz or FITS files") as raised:
         NpyDataset(tmp_path)
-    assert all(f"{tmp_path / name}: no .npy files in it" in str(raised.value) for name in CLASSES)
+    assert all(f"{tmp_path / name}: no .npy, .npz or FITS files in it" in str(raised.value) for name in CLASSES)
 
 
 def empty(folder):
@@ -573,7 +575,7 @@ def all_of_another_shape(folder):
 
 def all_of_another_ending(folder):
     for path in folder.glob("*.npy"):
-        path.rename(path.with_suffix(".fits"))
+        path.rename(path.with_suffix(".png"))
 
 
 def none_in_training(folder):
@@ -583,11 +585,11 @@ def none_in_training(folder):
 
 
 CLASS_IS_NOT_THERE = {
-    empty: r"axion: no \.npy files in it: add some, or move it away if it is no class$",
-    one_folder_deeper: r"axion: no \.npy files in it, but in \S+axion/images: move them up",
+    empty: r"axion: no \.npy, \.npz or FITS files in it: add some, or move it away if it is no class$",
+    one_folder_deeper: r"axion: no \.npy, \.npz or FITS files in it, but in \S+axion/images: move them up",
     all_bad: "axion: all of its 48 files are bad",
     all_of_another_shape: "axion: all of its 48 files are bad",
-    all_of_another_ending: r"axion: no \.npy files in it: add some, or move it away if it is no class$",
+    all_of_another_ending: r"axion: no \.npy, \.npz or FITS files in it: add some, or move it away if it is no class$",
     none_in_training: "axion: none of its 3 images is in the split 'train'",
 }
 
@@ -611,7 +613,7 @@ def test_a_class_without_a_folder_makes_another_data_set(data_copy):
     (train,) = load_parts(data_copy, "train")
     assert train.classes == ("cdm", "no_sub")
     assert set(train.labels.tolist()) == {0, 1}
-    with pytest.raises(InputError, match=rf"^{data_copy}: no folder axion with \.npy files$") as raised:
+    with pytest.raises(InputError, match=rf"^{data_copy}: no folder axion with \.npy, \.npz or FITS files$") as raised:
         load_parts(data_copy, "train", classes=CLASSES)
     assert raised.value.status == 2
     (train,) = load_parts(data_copy, "train", classes=CLASSES, on_missing_class="go_on")

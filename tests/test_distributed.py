@@ -207,7 +207,7 @@ def ends_with(script: str, flags: list) -> tuple[int, str]:
 def test_a_mistake_is_said_once_by_the_first_process(tmp_path):
     flags = ["--data_dir", tmp_path / "absent", "--output_dir", tmp_path / "run"]
     (status, error), (status_of_other, error_of_other) = in_processes(2, ends_with, "train/train_diffusion.py", flags)
-    assert error.startswith(f"process 0: {tmp_path}/absent: no class folders with .npy files")
+    assert error.startswith(f"process 0: {tmp_path}/absent: no class folders with .npy, .npz or FITS files")
     assert error_of_other == "process 1: lost the other processes: the one that ended first says why\n"
     assert (status, status_of_other) == (2, 1)
 

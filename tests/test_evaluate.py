@@ -681,7 +681,7 @@ def test_a_bad_inception_file_is_one_line_and_runs_nothing(tmp_path, monkeypatch
         (["--images_per_class", 2], "--images_per_class below 3"),
         (["--report_dir", "/proc/report"], "/proc/report: "),
         (["--compare_path", "nowhere.pt"], "nowhere.pt: cannot be read"),
-        (["--real_dir", "nowhere"], "nowhere: no class folders with .npy files"),
+        (["--real_dir", "nowhere"], "nowhere: no class folders with .npy, .npz or FITS files"),
         (["--output_dir", __file__], f"{__file__}: Not a directory"),
         (["--figure_path", "lenses.docx"], "lenses.docx: its name must end in one of"),
     ],

@@ -323,7 +323,7 @@ def test_a_class_without_images_ends_a_training_at_its_start(data_copy, tmp_path
     with pytest.raises(SystemExit) as stopped:
         run_script(f"train/{script}.py", *flags)
     assert stopped.value.code == 2
-    assert "axion: no .npy files in it" in capsys.readouterr().err
+    assert "axion: no .npy, .npz or FITS files in it" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     if script == "train_diffusion":
         flags += [*TINY_TRAINING, "--epochs", 1, "--on_missing_class", "go_on"]
