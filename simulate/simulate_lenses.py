@@ -1,15 +1,19 @@
-"""Simulates strong gravitational lenses by the DeepLense "Model II" recipe, for people without data of their own.
+"""Simulates strong gravitational lenses as the DeepLense "Models" I to III, for people without data of their own.
 
     python simulate/simulate_lenses.py --num_per_class 4000
+    python simulate/simulate_lenses.py --model III --data_dir data_III
 
-Writes DATA_DIR/{axion,cdm,no_sub}/{i}.npy (float32, 64x64 pixels of 0.101") and DATA_DIR/parameters.fits, one row an
-image with everything that was drawn for it. Image i of a class depends on SEED, its class and i alone, so a run that
-was stopped goes on where it was, and more images or more processes never change the ones that are there. The recipe
-itself is in simulate/model_ii.py.
+Writes DATA_DIR/{axion,cdm,no_sub}/{i}.npy (float32, in Model II 64x64 pixels of 0.101"), DATA_DIR/recipe.json, which
+says what they are, and DATA_DIR/parameters.fits, one row an image with everything that was drawn for it. Image i of a
+class depends on SEED, its class and i alone, so a run that was stopped goes on where it was, and more images or more
+processes never change the ones that are there. docs/simulators.md describes the models, simulate/recipes.py has their
+numbers.
 """
 
 import io
+import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,29 +26,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
 from files import contents, hold, is_empty, save_array, whole
 from settings import Count, InputError, Whole
-from simulate.model_ii import parameter_table, render_row
-from simulate.recipes import MODEL_II
+from simulate.recipes import MODEL_II, MODELS, RECIPE_FILE, Recipe, description
+from simulate.renderer import parameter_table, render_row
 from simulate.workers import render_pool, usable_cores
 
 DATA_DIR: str = "data"  # Where the images go
-NUM_PER_CLASS: Count = 5000  # Images of each class; the published set has 30000
+MODEL: Literal["I", "II", "III"] = "II"  # See docs/simulators.md
+NUM_PER_CLASS: Count = 5000  # Images of each class; the published sets have 30000
 SEED: Whole = 0  # Change it for an independent set
 NUM_WORKERS: Whole = 0  # Processes; 0 takes one for each core
 
+# As the published code has it, and what would be right
+NOISE: Literal["published", "on", "off"] = "published"  # Model I has it, II and III have none; "on" is that of the sky
+#                                                         and of photons in each of them
+COSMOLOGY: Literal["WMAP9", "Planck18"] = (
+    "WMAP9"  # Of the ray tracing; the second one is newer, its images differ by 1%
+)
 EINSTEIN_RADIUS_CONVENTION: Literal["luminosity", "angular_diameter"] = "luminosity"  # The second one is the textbook's
 
 
 def main() -> None:
     """Writes the table of parameters, then every image that is not there yet."""
-    folder = Path(DATA_DIR)
-    table = parameter_table(NUM_PER_CLASS, SEED)
+    folder, recipe = Path(DATA_DIR), chosen_recipe()
+    table = parameter_table(NUM_PER_CLASS, SEED, recipe)
     table.meta = {"SEED": SEED, "THETA_E": EINSTEIN_RADIUS_CONVENTION}
-    reserve_folder(folder, table)
+    others = {"MODEL": (MODEL, "II"), "NOISE": (NOISE, "published"), "COSMO": (COSMOLOGY, "WMAP9")}
+    table.meta |= {name: value for name, (value, usual) in others.items() if value != usual}
+    reserve_folder(folder, table, recipe)
     todo = [row for row in table if not image_path(folder, row).exists()]
     workers = min(NUM_WORKERS or usable_cores(), max(len(todo), 1))
     print(f"{len(table)} images in {folder}, {len(todo)} of them to simulate in {workers} processes")
     rows = [dict(zip(row.colnames, row, strict=True)) for row in todo]
-    job = partial(simulate_to_file, folder, EINSTEIN_RADIUS_CONVENTION)
+    job = partial(simulate_to_file, folder, recipe)
     pool = render_pool(workers)
     try:
         for _ in tqdm(pool.map(job, rows, chunksize=16), total=len(rows), unit="image"):
@@ -53,17 +66,28 @@ def main() -> None:
         pool.shutdown(cancel_futures=True)  # on Ctrl-C, drops what has not begun
 
 
-def simulate_to_file(folder: Path, convention: str, row: dict[str, Any]) -> None:
+def chosen_recipe() -> Recipe:
+    """The recipe of the model, with what is not as published."""
+    recipe = replace(MODELS[MODEL], cosmology=COSMOLOGY, convention=EINSTEIN_RADIUS_CONVENTION)
+    if NOISE != "published":
+        recipe = replace(recipe, noise=NOISE == "on")
+    # The noise is that of the published instrument
+    return replace(recipe, zero_point=recipe.published_zero_point) if recipe.noise else recipe
+
+
+def simulate_to_file(folder: Path, recipe: Recipe, row: dict[str, Any]) -> None:
     """Renders a row of the table to its file; the file appears whole or not at all."""
-    save_array(image_path(folder, row), render_row(row, convention).astype(np.float32))
+    image = render_row(row, recipe)
+    save_array(image_path(folder, row), image.astype(np.uint16 if image.dtype.kind == "i" else np.float32))
 
 
 def image_path(folder: Path, row: dict[str, Any]) -> Path:
     return folder / row["class"] / f"{row['index']}.npy"
 
 
-def reserve_folder(folder: Path, table: Table) -> None:
-    """Makes the class folders and writes the table, unless the folder holds images that are not of this table.
+def reserve_folder(folder: Path, table: Table, recipe: Recipe = MODEL_II) -> None:
+    """Makes the class folders and writes the table and recipe.json, unless the folder holds images that are not of this
+    table.
 
     From then on the folder is this process's own.
     """
@@ -82,7 +106,9 @@ def reserve_folder(folder: Path, table: Table) -> None:
         table.write(packed, format="fits")
         with whole(path) as file:  # before the folders: whatever is there then belongs to it
             file.write(packed.getbuffer())
-    for name in MODEL_II.classes:
+    with whole(folder / RECIPE_FILE) as file:
+        file.write(json.dumps(description(recipe), indent=1).encode() + b"\n")
+    for name in recipe.classes:
         (folder / name).mkdir(parents=True, exist_ok=True)
 
 
