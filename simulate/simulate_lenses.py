@@ -35,6 +35,7 @@ MODEL: Literal["I", "II", "III"] = "II"  # See docs/simulators.md
 NUM_PER_CLASS: Count = 5000  # Images of each class; the published sets have 30000
 SEED: Whole = 0  # Change it for an independent set
 NUM_WORKERS: Whole = 0  # Processes; 0 takes one for each core
+AS_PUBLISHED: bool = False  # Files as the published code writes them, those of axions as pickles
 
 # As the published code has it, and what would be right
 NOISE: Literal["published", "on", "off"] = "published"  # Model I has it, II and III have none; "on" is that of the sky
@@ -51,13 +52,14 @@ def main() -> None:
     table = parameter_table(NUM_PER_CLASS, SEED, recipe)
     table.meta = {"SEED": SEED, "THETA_E": EINSTEIN_RADIUS_CONVENTION}
     others = {"MODEL": (MODEL, "II"), "NOISE": (NOISE, "published"), "COSMO": (COSMOLOGY, "WMAP9")}
+    others["AS_PUBL"] = AS_PUBLISHED, False
     table.meta |= {name: value for name, (value, usual) in others.items() if value != usual}
     reserve_folder(folder, table, recipe)
-    todo = [row for row in table if not image_path(folder, row).exists()]
+    todo = [row for row in table if not image_path(folder, row, AS_PUBLISHED).exists()]
     workers = min(NUM_WORKERS or usable_cores(), max(len(todo), 1))
     print(f"{len(table)} images in {folder}, {len(todo)} of them to simulate in {workers} processes")
     rows = [dict(zip(row.colnames, row, strict=True)) for row in todo]
-    job = partial(simulate_to_file, folder, recipe)
+    job = partial(simulate_to_file, folder, recipe, AS_PUBLISHED)
     pool = render_pool(workers)
     try:
         for _ in tqdm(pool.map(job, rows, chunksize=16), total=len(rows), unit="image"):
@@ -72,17 +74,25 @@ def chosen_recipe() -> Recipe:
     if NOISE != "published":
         recipe = replace(recipe, noise=NOISE == "on")
     # The noise is that of the published instrument
-    return replace(recipe, zero_point=recipe.published_zero_point) if recipe.noise else recipe
+    return replace(recipe, zero_point=recipe.published_zero_point) if recipe.noise or AS_PUBLISHED else recipe
 
 
-def simulate_to_file(folder: Path, recipe: Recipe, row: dict[str, Any]) -> None:
+def simulate_to_file(folder: Path, recipe: Recipe, as_published: bool, row: dict[str, Any]) -> None:
     """Renders a row of the table to its file; the file appears whole or not at all."""
     image = render_row(row, recipe)
-    save_array(image_path(folder, row), image.astype(np.uint16 if image.dtype.kind == "i" else np.float32))
+    if not as_published:
+        image = image.astype(np.uint16 if recipe.photons and recipe.noise else np.float32)
+    elif row["class"] == "axion":
+        pair = np.empty(2, object)
+        pair[:] = image, row["axion_mass"]
+        image = pair
+    save_array(image_path(folder, row, as_published), image)
 
 
-def image_path(folder: Path, row: dict[str, Any]) -> Path:
-    return folder / row["class"] / f"{row['index']}.npy"
+def image_path(folder: Path, row: dict[str, Any], as_published: bool = False) -> Path:
+    """The file of the image of a row."""
+    name = f"{row['class']}_sim_{row['index']}.npy" if as_published else f"{row['index']}.npy"
+    return folder / row["class"] / name
 
 
 def reserve_folder(folder: Path, table: Table, recipe: Recipe = MODEL_II) -> None:

@@ -32,7 +32,7 @@ def test_images_equal_the_published_codes_parameter_for_parameter():
         points = points[np.isfinite(points).all(1) & (points[:, 0] > 0)]
         assert len(points) == {"axion": 100, "cdm": 25, "no_sub": 0}[kind]
         image = sim.render(check["source_xy_arcsec"][i], points[:, 0], points[:, 1:])
-        np.testing.assert_allclose(image / image.max(), check["image_over_peak"][i], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(image / image.max(), check["image_over_peak"][i], rtol=0, atol=2e-14)
 
 
 def test_the_facts_of_the_recipe_are_those_of_its_images():
