@@ -34,6 +34,7 @@ class Recipe:
     psf_truncation: float = 5  # standard deviations
     photons: bool = False  # images are numbers of photons in place of counts per second
     times: float = 2  # the published images without noise are so many times the model: a slip of their code
+    published_file: str = "{class}/{class}_sim_{index}.npy"
     cosmology: str = "WMAP9"  # of the ray tracing
     convention: str = "luminosity"  # of distances in Einstein radii
 
@@ -97,7 +98,19 @@ MODEL_I = replace(
     photons=True,
     times=1,
 )
-MODELS = {recipe.model: recipe for recipe in (MODEL_I, MODEL_II, MODEL_III)}
+# The instrument of Model II three times, called g, r and i; the lens and its light are in model_iv.py
+MODEL_IV = replace(
+    MODEL_II,
+    model="IV",
+    classes=("axion", "cdm", "no"),
+    smooth_classes=("no",),
+    image_shape=(3, 64, 64),
+    zero_point=24.0,
+    noise=True,
+    times=1,
+    published_file="{split}/{class}/sim_{index}.npy",
+)
+MODELS = {recipe.model: recipe for recipe in (MODEL_I, MODEL_II, MODEL_III, MODEL_IV)}
 
 
 def recipe_of(classes: Sequence[str], image_shape: Sequence[int], root_dir: str | Path | None = None) -> Recipe | None:

@@ -24,7 +24,7 @@ _SUBHALO_COUNT, _SUBHALO_MASSES, _SUBHALO_SLOPE, _SUBHALO_RADII = 25, (1e6, 1e10
 _SOURCE_BOX = 0.35  # the source lies within +-0.35" on each axis
 _COSMOLOGIES = {"WMAP9": (69.7, 0.2814, 0.0464), "Planck18": (67.5, 0.309, 0.049)}  # pyHalo's, before and since 2022
 _UNITS = {"source_xy": "arcsec", "subhalo_xy": "arcsec", "axion_mass": "eV", "vortex_angle": "rad"}
-_UNITS |= {"subhalo_mass": "solMass", "exposure": "s"}
+_UNITS |= {"subhalo_mass": "solMass", "exposure": "s", "source_angle": "rad", "sigma_v": "km/s", "inclination": "rad"}
 
 
 def draw_lens(rng: np.random.Generator, name: str) -> dict[str, Any]:
@@ -111,8 +111,16 @@ def _einstein_radius_of_one(convention: str) -> float:
 @cache
 def telescope(num_points: int, recipe: Recipe = MODEL_II) -> tuple[SimAPI, ImageModel]:
     """lenstronomy's simulator and image model for a lens with so many point masses; slow to build, fast to reuse."""
-    redshifts = {
-        "lens_redshift_list": [recipe.z_lens] * (2 + num_points),
+    lenses = ["SIE", "SHEAR"] + ["POINT_MASS"] * num_points
+    return build_telescope(recipe, lenses, [recipe.z_lens] * len(lenses), source_light_model_list=["SERSIC_ELLIPSE"])
+
+
+def build_telescope(
+    recipe: Recipe, lenses: list[str], redshifts: list[float], **light: list[str]
+) -> tuple[SimAPI, ImageModel]:
+    """lenstronomy's simulator and image model for lenses at redshifts, and for light under lenstronomy's names."""
+    planes = {
+        "lens_redshift_list": redshifts,
         "source_redshift_list": [recipe.z_source],
         # Deflections are meant for a source at this redshift: lenstronomy scales them to that of ours
         "z_source_convention": recipe.z_convention,
@@ -132,11 +140,7 @@ def telescope(num_points: int, recipe: Recipe = MODEL_II) -> tuple[SimAPI, Image
                 "exposure_time": recipe.exposure[0],  # this and the next are asked for, and not looked at
                 "background_noise": recipe.sky_noise,
             },
-            kwargs_model={
-                "lens_model_list": ["SIE", "SHEAR"] + ["POINT_MASS"] * num_points,
-                "source_light_model_list": ["SERSIC_ELLIPSE"],
-                **(redshifts if recipe.z_convention else {}),
-            },
+            kwargs_model={"lens_model_list": lenses, **light, **(planes if recipe.z_convention else {})},
         )
         return simulator, simulator.image_model_class({"point_source_supersampling_factor": 1})
 

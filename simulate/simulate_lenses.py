@@ -1,4 +1,4 @@
-"""Simulates strong gravitational lenses as the DeepLense "Models" I to III, for people without data of their own.
+"""Simulates strong gravitational lenses as the DeepLense "Models" I to IV, for people without data of their own.
 
     python simulate/simulate_lenses.py --num_per_class 4000
     python simulate/simulate_lenses.py --model III --data_dir data_III
@@ -13,6 +13,7 @@ numbers.
 import io
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,14 +28,15 @@ import settings
 from files import contents, hold, is_empty, save_array, whole
 from settings import Count, InputError, Whole
 from simulate.recipes import MODEL_II, MODELS, RECIPE_FILE, Recipe, description
-from simulate.renderer import parameter_table, render_row
+from simulate.renderer import draw_lens, parameter_table, render_row
 from simulate.workers import render_pool, usable_cores
 
 DATA_DIR: str = "data"  # Where the images go
-MODEL: Literal["I", "II", "III"] = "II"  # See docs/simulators.md
+MODEL: Literal["I", "II", "III", "IV"] = "II"  # See docs/simulators.md; IV needs requirements-model-iv.txt
 NUM_PER_CLASS: Count = 5000  # Images of each class; the published sets have 30000
 SEED: Whole = 0  # Change it for an independent set
 NUM_WORKERS: Whole = 0  # Processes; 0 takes one for each core
+GALAXIES_PATH: str | None = None  # Galaxy10_DECals.h5, whose galaxies are the sources of Model IV; None draws others
 AS_PUBLISHED: bool = False  # Files as the published code writes them, those of axions as pickles
 
 # As the published code has it, and what would be right
@@ -49,20 +51,26 @@ EINSTEIN_RADIUS_CONVENTION: Literal["luminosity", "angular_diameter"] = "luminos
 def main() -> None:
     """Writes the table of parameters, then every image that is not there yet."""
     folder, recipe = Path(DATA_DIR), chosen_recipe()
-    table = parameter_table(NUM_PER_CLASS, SEED, recipe)
+    draw, render = draw_lens, render_row
+    if MODEL == "IV":
+        from simulate import model_iv  # here: it needs packages of its own
+
+        draw, render = model_iv.with_galaxies(GALAXIES_PATH)
+    table = parameter_table(NUM_PER_CLASS, SEED, recipe, draw)
     table.meta = {"SEED": SEED, "THETA_E": EINSTEIN_RADIUS_CONVENTION}
     others = {"MODEL": (MODEL, "II"), "NOISE": (NOISE, "published"), "COSMO": (COSMOLOGY, "WMAP9")}
-    others["AS_PUBL"] = AS_PUBLISHED, False
+    others |= {"AS_PUBL": (AS_PUBLISHED, False), "GALAXIES": (GALAXIES_PATH and Path(GALAXIES_PATH).name, None)}
     table.meta |= {name: value for name, (value, usual) in others.items() if value != usual}
-    reserve_folder(folder, table, recipe)
-    todo = [row for row in table if not image_path(folder, row, AS_PUBLISHED).exists()]
+    reserve_folder(folder, table, recipe, AS_PUBLISHED)
+    todo = [row for row in table if not image_path(folder, row, recipe, AS_PUBLISHED).exists()]
     workers = min(NUM_WORKERS or usable_cores(), max(len(todo), 1))
     print(f"{len(table)} images in {folder}, {len(todo)} of them to simulate in {workers} processes")
     rows = [dict(zip(row.colnames, row, strict=True)) for row in todo]
-    job = partial(simulate_to_file, folder, recipe, AS_PUBLISHED)
+    job = partial(simulate_to_file, folder, recipe, render, AS_PUBLISHED)
     pool = render_pool(workers)
     try:
-        for _ in tqdm(pool.map(job, rows, chunksize=16), total=len(rows), unit="image"):
+        chunk = max(1, min(16, len(rows) // (4 * workers)))  # small where an image takes long
+        for _ in tqdm(pool.map(job, rows, chunksize=chunk), total=len(rows), unit="image"):
             pass
     finally:
         pool.shutdown(cancel_futures=True)  # on Ctrl-C, drops what has not begun
@@ -77,25 +85,28 @@ def chosen_recipe() -> Recipe:
     return replace(recipe, zero_point=recipe.published_zero_point) if recipe.noise or AS_PUBLISHED else recipe
 
 
-def simulate_to_file(folder: Path, recipe: Recipe, as_published: bool, row: dict[str, Any]) -> None:
+def simulate_to_file(
+    folder: Path, recipe: Recipe, render: Callable[..., np.ndarray], as_published: bool, row: dict[str, Any]
+) -> None:
     """Renders a row of the table to its file; the file appears whole or not at all."""
-    image = render_row(row, recipe)
+    image = render(row, recipe)
     if not as_published:
         image = image.astype(np.uint16 if recipe.photons and recipe.noise else np.float32)
-    elif row["class"] == "axion":
+    elif row.get("axion_mass", np.nan) > 0:
         pair = np.empty(2, object)
         pair[:] = image, row["axion_mass"]
         image = pair
-    save_array(image_path(folder, row, as_published), image)
+    save_array(image_path(folder, row, recipe, as_published), image)
 
 
-def image_path(folder: Path, row: dict[str, Any], as_published: bool = False) -> Path:
+def image_path(folder: Path, row: dict[str, Any], recipe: Recipe = MODEL_II, as_published: bool = False) -> Path:
     """The file of the image of a row."""
-    name = f"{row['class']}_sim_{row['index']}.npy" if as_published else f"{row['index']}.npy"
-    return folder / row["class"] / name
+    name = recipe.published_file if as_published else "{class}/{index}.npy"
+    split = "val" if row["index"] % 10 == 0 else "train"
+    return folder / name.format_map({"class": row["class"], "index": row["index"], "split": split})
 
 
-def reserve_folder(folder: Path, table: Table, recipe: Recipe = MODEL_II) -> None:
+def reserve_folder(folder: Path, table: Table, recipe: Recipe = MODEL_II, as_published: bool = False) -> None:
     """Makes the class folders and writes the table and recipe.json, unless the folder holds images that are not of this
     table.
 
@@ -116,10 +127,12 @@ def reserve_folder(folder: Path, table: Table, recipe: Recipe = MODEL_II) -> Non
         table.write(packed, format="fits")
         with whole(path) as file:  # before the folders: whatever is there then belongs to it
             file.write(packed.getbuffer())
-    with whole(folder / RECIPE_FILE) as file:
-        file.write(json.dumps(description(recipe), indent=1).encode() + b"\n")
-    for name in recipe.classes:
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    class_folders = {image_path(folder, row, recipe, as_published).parent for row in table}
+    for place in {folder, *(path.parent for path in class_folders)}:
+        with whole(place / RECIPE_FILE) as file:
+            file.write(json.dumps(description(recipe), indent=1).encode() + b"\n")
+    for path in class_folders:
+        path.mkdir(parents=True, exist_ok=True)
 
 
 if __name__ == "__main__":

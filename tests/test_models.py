@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 
+import h5py
 import numpy as np
 import pytest
 from astropy.cosmology import FlatLambdaCDM
@@ -14,7 +16,8 @@ from scipy.ndimage import gaussian_filter
 from scipy.special import gamma
 
 from dataset import NpyDataset, read_image
-from simulate import renderer
+from settings import InputError
+from simulate import model_iv, renderer, simulate_lenses
 from simulate.recipes import MODELS, pixel_scale_of, recipe_of
 
 CLASSES = ("axion", "cdm", "no_sub")
@@ -289,3 +292,172 @@ def test_models_and_formats_are_not_mixed_in_a_folder(simulate, capsys):
         with pytest.raises(SystemExit):
             simulate("data", "--num_per_class", 1, *flags)
         assert "choose another --data_dir" in capsys.readouterr().err
+
+
+# Model IV
+
+needs_haloes = pytest.mark.skipif(not (find_spec("pyHalo") and find_spec("galsim")), reason="requirements-model-iv.txt")
+
+
+@pytest.fixture(scope="module")
+def galaxies(tmp_path_factory):
+    """A file like that of Galaxy10, whose only nearby unbarred spiral is a round Gaussian of 20 pixels on a sky."""
+    path = tmp_path_factory.mktemp("galaxies") / "galaxies.h5"
+    axis = np.arange(256) - 127.5
+    blob = np.exp(-(axis[:, None] ** 2 + axis**2) / (2 * 20**2))
+    images = np.full((4, 256, 256, 3), 99, np.uint8)
+    images[2] = np.rint(7 + np.multiply.outer(blob, [240, 200, 120]))
+    with h5py.File(path, "w") as file:
+        file["images"], file["ans"] = images, np.array([6, 5, 6, 7])
+        file["redshift"] = [0.02, 0.001, 0.019, 0.001]
+    return str(path)
+
+
+@pytest.fixture
+def few_haloes(monkeypatch):
+    """Cold haloes in the middle of the image alone: the others take most of half a minute an image."""
+    monkeypatch.setattr(model_iv, "_CONE", 1)
+    model_iv._populations.cache_clear()
+    yield
+    model_iv._populations.cache_clear()
+
+
+def four_by_hand(row, deflection):
+    """The noise-free image of a row whose source is the Gaussian, (3, 64, 64) in counts per second."""
+    axis = (np.arange(64) - 31.5) * 0.101
+    x, y = np.meshgrid(axis, axis)
+    sx, sy = np.array([x, y]) - scale_of() * np.reshape(deflection(x.ravel(), y.ravel()), (2, 64, 64))
+    sigma = 20 * 0.0025
+    source = np.exp(-(np.hypot(sx - row["source_xy"][0], sy - row["source_xy"][1]) ** 2) / (2 * sigma**2))
+    bands = []
+    for of_source, of_lens in ((22, 17), (19, 18), (18, 19)):
+        light = 10 ** (-0.4 * (of_source - 24)) * source / (2 * np.pi * sigma**2)
+        for magnitude, size, n, e2 in ((of_lens, 0.4, 2.3, 0.05), (28, 1.5, 1.2, 0.3)):
+            q, b = (1 - e2) / (1 + e2), 1.9992 * n - 0.3271  # longest along the diagonal
+            along, across = (x + y) / np.sqrt(2), (x - y) / np.sqrt(2)
+            radius = np.sqrt(q * along**2 + across**2 / q) / size
+            total = size**2 * 2 * np.pi * n * np.exp(b) * b ** (-2 * n) * gamma(2 * n)
+            light += 10 ** (-0.4 * (magnitude - 24)) / total * np.exp(-b * (radius ** (1 / n) - 1))
+        bands.append(gaussian_filter(light * 0.101**2, 0.16 / 0.101 / 2.3548200, mode="nearest", truncate=5))
+    return np.stack(bands)
+
+
+def smooth_lens_of(row):
+    if row["class"] != "no":
+        lens, main = LensModel(["SIE", "SHEAR"]), [{"theta_E": 1.5, "e1": 0, "e2": 0}, {"gamma1": 0.05, "gamma2": 0}]
+        return lambda x, y: lens.alpha(x, y, main)
+    cosmology = FlatLambdaCDM(H0=69.7, Om0=0.2814, Ob0=0.0464)
+    near, far = cosmology.comoving_distance([0.5, 2.5]).value
+    radius = 4 * np.pi * (row["sigma_v"] / 299792.458) ** 2 * (far - near) / far * 180 / np.pi * 3600
+    return lambda x, y: radius * np.array([x, y]) / np.hypot(x, y)
+
+
+@needs_haloes
+@pytest.mark.parametrize("name", ["axion", "cdm", "no"])
+def test_images_of_model_iv_are_those_worked_out_by_hand_but_for_the_haloes(galaxies, few_haloes, name):
+    draw, render = model_iv.with_galaxies(galaxies)
+    for seed in range(3):
+        recipe = MODELS["IV"]
+        row = draw(np.random.default_rng(seed), name) | {"class": name, "exposure": 2260.0, "noise_seed": seed}
+        image, noisy = render(row, replace(recipe, noise=False)), render(row, recipe)
+        expected = np.moveaxis(four_by_hand(row, smooth_lens_of(row)), 0, 2)
+        peak = expected.max()
+        assert image.shape == (64, 64, 3)
+        assert (image.min() >= 0, image.max(), noisy.max()) == (True, 1, 1)
+        difference = np.abs(image - expected / peak)
+        if name == "no":
+            assert difference.max() < 0.01
+            noise = noisy / noisy[image == 1] - image  # the brightest pixel has noise too
+            sigma = np.sqrt(0.00587**2 + expected / 2260) / peak
+            there = (expected / peak > 5 * sigma) & (expected < 0.2 * peak)
+            assert (noise / sigma)[there].std() == pytest.approx(1, abs=0.1)
+        else:  # haloes are there, and small
+            assert 1e-4 < difference.max() < 0.35
+            assert difference.mean() < 0.01
+
+
+@needs_haloes
+def test_the_velocities_and_sources_of_model_iv_are_drawn_as_the_recipe_says():
+    table = renderer.parameter_table(1000, 0, MODELS["IV"], model_iv.draw_lens)
+    smooth = table["class"] == "no"
+    assert stats.kstest(table["sigma_v"][smooth], stats.norm(260, 20).cdf).pvalue > 1e-3
+    assert np.isnan(table["sigma_v"][~smooth]).all()
+    assert stats.kstest(np.asarray(table["source_xy"]).ravel(), stats.uniform(-0.3, 0.6).cdf).pvalue > 1e-3
+    assert stats.kstest(table["source_angle"], stats.uniform(-np.pi, 2 * np.pi).cdf).pvalue > 1e-3
+
+
+@needs_haloes
+def test_haloes_are_of_the_row_whatever_was_drawn_before(galaxies, few_haloes):
+    draw, render = model_iv.with_galaxies(galaxies)
+    rows = [draw(np.random.default_rng(0), name) | {"class": name} for name in ("cdm", "axion")]
+    recipe = replace(MODELS["IV"], noise=False)
+    first = [render(row, recipe) for row in rows]
+    model_iv._populations.cache_clear()  # as in another process
+    np.random.seed(7)  # noqa: NPY002
+    again = [render(row, recipe) for row in rows[::-1]][::-1]
+    np.testing.assert_array_equal(again, first)
+    other = render(rows[0] | {"halo_seed": 1}, recipe)
+    assert np.abs(other - first[0]).max() > 1e-5
+
+
+@needs_haloes
+def test_drawn_galaxies_have_a_dark_corner_and_a_colour_and_lie_flat():
+    row = model_iv.draw_lens(np.random.default_rng(0), "no") | {"inclination": np.arccos(0.2)}
+    galaxy = model_iv.draw_galaxy(row)
+    assert galaxy.shape == (256, 256, 3)
+    assert galaxy[:50, :50].mean() < 0.01 * galaxy.mean()
+    axis = np.arange(256) - 127.5
+    disc = galaxy.sum(2)
+    y, x = (np.sqrt((disc * square).sum() / disc.sum()) for square in (axis[:, None] ** 2, axis**2))
+    assert 0.2 < y / x < 0.5
+    blue = galaxy / galaxy.sum((0, 1))
+    assert blue[126:130, 126:130, 2].sum() > 1.5 * blue[126:130, 126:130, 0].sum()  # the bulge is red
+
+
+@needs_haloes
+def test_files_of_model_iv_have_the_channels_last_and_come_in_two_splits(simulate, few_haloes):
+    flags = ["--model", "IV", "--num_per_class", 2]
+    simple, published = simulate("simple", *flags), simulate("published", *flags, "--as_published", "true")
+    assert sorted(bytes_in(published)) == [
+        f"{split}/{name}/sim_{i}.npy" for split, i in (("train", 1), ("val", 0)) for name in ("axion", "cdm", "no")
+    ]
+    for split, i in (("train", 1), ("val", 0)):
+        dataset = NpyDataset(published / split)
+        assert (dataset.classes, dataset.image_shape) == (("axion", "cdm", "no"), (3, 64, 64))
+        recipe = recipe_of(dataset.classes, dataset.image_shape, published / split)
+        assert (recipe, recipe.lens_equation) == (MODELS["IV"], False)
+        for name in dataset.classes:
+            image, here = np.load(published / split / name / f"sim_{i}.npy"), np.load(simple / name / f"{i}.npy")
+            assert (image.dtype, here.dtype, image.max(), image.min()) == (np.float64, np.float32, 1, 0)
+            np.testing.assert_array_equal(image.astype(np.float32), here)
+            read, _ = read_image(simple / name / f"{i}.npy")
+            np.testing.assert_allclose(read, np.moveaxis(here, 2, 0), atol=1e-6)
+    before = bytes_in(simple)
+    (simple / "cdm" / "1.npy").unlink()
+    assert bytes_in(simulate("simple", *flags)) == before
+
+
+def test_every_tenth_image_of_model_iv_is_for_validation(tmp_path):
+    rows = [{"class": "no", "index": i} for i in range(30)]
+    paths = [simulate_lenses.image_path(tmp_path, row, MODELS["IV"], True).relative_to(tmp_path).parts for row in rows]
+    assert [i for i, path in enumerate(paths) if path[0] == "val"] == [0, 10, 20]
+    assert {path[1] for path in paths} == {"no"}
+
+
+def test_model_iv_names_the_command_that_installs_what_is_missing(monkeypatch, simulate, capsys):
+    monkeypatch.setattr(model_iv, "find_spec", lambda name: name == "colossus")
+    with pytest.raises(SystemExit):
+        simulate("data", "--model", "IV")
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error == ["Model IV needs pyHalo, mcfit, galsim: pip install -r requirements-model-iv.txt"]
+
+
+def test_a_file_without_galaxies_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(model_iv, "find_spec", lambda name: True)
+    path = tmp_path / "galaxies.h5"
+    with pytest.raises(InputError, match="is no Galaxy10 DECaLS file"):
+        model_iv.with_galaxies(str(path))
+    with h5py.File(path, "w") as file:
+        file["images"], file["ans"], file["redshift"] = np.zeros((2, 256, 256, 3), np.uint8), [6, 1], [0.5, 0.01]
+    with pytest.raises(InputError, match="is no Galaxy10 DECaLS file"):
+        model_iv.with_galaxies(str(path))
