@@ -38,8 +38,8 @@ from models import flow
 from models.classifier import load_classifier
 from models.generator import SIZES, Generator, build_untrained, load_model
 from settings import Count
-from simulate.model_ii import parameter_table, render_row
 from simulate.recipes import recipe_of
+from simulate.renderer import parameter_table, render_row
 from simulate.vectorized import shoot_rays, to_tensors
 from simulate.workers import render_pool
 

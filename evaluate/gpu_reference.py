@@ -58,8 +58,8 @@ from models import flow
 from models.checkpoint import save_weights
 from models.generator import Generator, build_untrained
 from settings import Count, InputError, NotNegative, Positive, Splits, Whole
-from simulate.model_ii import parameter_table
 from simulate.recipes import MODEL_II
+from simulate.renderer import parameter_table
 from simulate.vectorized import render_many
 from simulate.workers import usable_cores
 from train import one_gpu

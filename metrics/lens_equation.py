@@ -1,6 +1,6 @@
 """Does an image obey the lens equation? The smooth lens of the recipe that explains it best, and what it leaves over.
 
-A smooth lens of Model II (SIE + shear, a Sérsic source, the telescope's PSF; see simulate/model_ii.py) has two free
+A smooth lens of Model II (SIE + shear, a Sérsic source, the telescope's PSF; see simulate/renderer.py) has two free
 numbers, the position of its source. Its rays meet the source plane in the same places wherever the source is, so a
 model image is one evaluation of the source's brightness there and one blur: a thousand fits take seconds.
 """
@@ -14,7 +14,7 @@ from lenstronomy.Util.param_util import transform_e1e2_product_average
 from torch import Tensor
 
 from dataset import normalize
-from simulate.model_ii import psf_matrix, source_light, source_plane
+from simulate.renderer import psf_matrix, source_light, source_plane
 
 _BOX, _SPACING = 0.45, 0.03  # arcsec; sources of the recipe lie within +-0.35, a generator may overshoot
 _STEPS = 6  # of Gauss-Newton; three are enough on a smooth lens

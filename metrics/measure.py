@@ -5,6 +5,7 @@ import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Sample:
     dataset: NpyDataset
     index: Tensor  # into the dataset
     measured: Measured
+    real: NpyDataset  # the images that they are to be like, whose folder knows the recipe
     source: dict[str, Any] = field(default_factory=dict)  # how they were made
     metrics: dict[str, Any] = field(default_factory=dict)  # their scores, see ``Reference.score``
 
@@ -42,20 +44,30 @@ _THUMBNAIL = 32  # pixels on a side
 _VERSION = 3  # of the cache; change it when what is measured changes
 
 
+def origin_of(dataset: NpyDataset) -> tuple[tuple[str, ...], tuple[int, ...], Path]:
+    """What tells the recipe of images, as the functions of simulate/recipes.py take it."""
+    return dataset.classes, dataset.image_shape, dataset.root_dir
+
+
 @torch.no_grad()
 def measure(
-    dataset: NpyDataset, index: Tensor, classifier: nn.Module, inception: nn.Module | None = None, batch_size: int = 128
+    dataset: NpyDataset,
+    index: Tensor,
+    classifier: nn.Module,
+    inception: nn.Module | None = None,
+    batch_size: int = 128,
+    real: NpyDataset | None = None,
 ) -> Measured:
-    """Measures the images of a dataset that ``index`` (n,) names.
+    """Measures the images of a dataset that ``index`` (n,) names, which are to be like those of ``real``.
 
     Returns:
         label (n,); features (n, 512) and probabilities (n, classes) of the lens classifier; inception (n, 2048), if
         there is that network; profile and spectrum (n, s // 2); every number of ``physics.describe``; thumbnail, see
-        ``thumbnails_of``; and for images of a recipe source_xy (n, 2), explained, lens_residual (RMS over peak) and
-        residual_* (RMS in a band) of the smooth lens that fits best.
+        ``thumbnails_of``; and where the recipe's lens can be fitted source_xy (n, 2), explained, lens_residual (RMS
+        over peak) and residual_* (RMS in a band) of the smooth lens that fits best.
     """
-    has_recipe = recipe_of(dataset.classes, dataset.image_shape) is not None
-    pixel_scale, _ = pixel_scale_of(dataset.classes, dataset.image_shape)
+    origin = origin_of(real or dataset)
+    recipe, (pixel_scale, _) = recipe_of(*origin), pixel_scale_of(*origin)
     batches = -(-len(index) // batch_size)
     bar = tqdm(total=batches // distributed.size(), desc="measuring", unit="batch", leave=False)
 
@@ -71,7 +83,7 @@ def measure(
             "thumbnail": thumbnails_of(images),
             **physics.describe(images, pixel_scale),
         }
-        if has_recipe:
+        if recipe and recipe.lens_equation:
             row |= _lens_equation(images)
         if inception is not None:
             device = next(inception.parameters()).device
@@ -116,7 +128,8 @@ def measure_cached(
     name: str, dataset: NpyDataset, index: Tensor, classifier: nn.Module, inception: nn.Module | None, batch_size: int
 ) -> Measured:
     """``measure``, kept in the dataset's cache under a name until its files, ``index`` or a network change."""
-    state = hashlib.sha256(repr((_VERSION, dataset.fingerprint, dataset.classes, index.tolist())).encode())
+    recipe = recipe_of(*origin_of(dataset))
+    state = hashlib.sha256(repr((_VERSION, dataset.fingerprint, dataset.classes, recipe, index.tolist())).encode())
     for network in filter(None, (classifier, inception)):
         for weights in network.state_dict().values():
             state.update(weights.cpu().numpy().tobytes())

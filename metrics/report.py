@@ -19,7 +19,7 @@ import plots
 from files import whole
 from metrics import verdict
 from metrics.distances import wilson_interval
-from metrics.measure import Sample
+from metrics.measure import Sample, origin_of
 from metrics.score import DISTANCES, Reference, apart, number, ratio, subsets_of, titles_of
 from models.generated_folder import sha256
 from simulate.recipes import pixel_scale_of, recipe_of
@@ -32,7 +32,7 @@ def print_table(sample: Sample, count: int) -> None:
     """Each metric with its floor and, of the Fréchet distances, the ratio of the two; then the verdict."""
     subsets = subsets_of(sample.dataset)
     rows = [(f"{count} images a class", subsets)]
-    for name, title in titles_of(sample.dataset).items():
+    for name, title in titles_of(sample.real).items():
         metrics = [sample.metrics[name][subset] for subset in subsets]
         if metrics[0]["value"] is None:
             continue
@@ -100,7 +100,7 @@ def _lens_fit(sample: Sample) -> dict[str, dict[str, float]]:
 def write_html(path: Path, settings: dict[str, Any], samples: list[Sample], reference: Reference) -> None:
     """report.html: self-contained, with the verdict first, then the pictures; the other metrics fold open."""
     everyone, splits = (reference.sample, *samples), settings["NUM_SPLITS"]
-    classes, unit = reference.sample.dataset.classes, pixel_scale_of(*_kind(reference.sample))[1]
+    classes, unit = reference.sample.dataset.classes, pixel_scale_of(*origin_of(reference.sample.real))[1]
     named = [(label, name, sample) for label, name in enumerate(classes) for sample in everyone]
     grid = {f"{name}\n{sample.name}": _some(sample, label).numpy() for label, name, sample in named}
     sections = [
@@ -144,7 +144,7 @@ def write_html(path: Path, settings: dict[str, Any], samples: list[Sample], refe
 
 def _verdict(sample: Sample) -> str:
     """The sentences, and the metrics that decide with a word for each subset."""
-    titles, subsets = titles_of(sample.dataset), subsets_of(sample.dataset)
+    titles, subsets = titles_of(sample.real), subsets_of(sample.dataset)
     rows = ""
     for name, of_subsets in verdict.words(sample).items():
         cells = ""
@@ -167,7 +167,7 @@ def _scores(samples: list[Sample], splits: int) -> str:
     if columns > 1:
         head += f"<tr><th></th>{_heads([sample.name for sample in samples]) * len(subsets)}</tr>"
     rows = []
-    for name, title in titles_of(samples[0].dataset).items():
+    for name, title in titles_of(samples[0].real).items():
         if all(sample.metrics[name]["overall"]["value"] is None for sample in samples):
             continue
         values, floors = "", ""
@@ -202,10 +202,6 @@ def _interval(metric: dict[str, Any]) -> str:
     return f"{low:.1%} to {high:.1%}"
 
 
-def _kind(sample: Sample) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    return sample.dataset.classes, sample.dataset.image_shape
-
-
 def _some(sample: Sample, label: int, count: int = _SHOWN) -> Tensor:
     """The first images of a class."""
     return sample.read(torch.nonzero(sample.measured["label"] == label).flatten()[:count])
@@ -229,7 +225,7 @@ def _accuracy(sample: Sample) -> str:
 
 def _bands_figure(samples: Sequence[Sample], name: str, xlabel: str, ylabel: str) -> Figure:
     axis = np.arange(samples[0].measured[name].shape[1])
-    axis = (axis + 0.5) * pixel_scale_of(*_kind(samples[0]))[0] if name == "profile" else axis
+    axis = (axis + 0.5) * pixel_scale_of(*origin_of(samples[0].real))[0] if name == "profile" else axis
     return plots.bands(axis, _panels(samples, name), xlabel, ylabel, log=name == "spectrum")
 
 
@@ -240,7 +236,7 @@ def _panels(samples: Sequence[Sample], name: str) -> dict[str, dict[str, np.ndar
 
 
 def _lens_equation(samples: Sequence[Sample]) -> str:
-    smooth = recipe_of(*_kind(samples[0])).smooth_classes
+    smooth = recipe_of(*origin_of(samples[0].real)).smooth_classes
     unexplained = (f"{(~sample.measured['explained']).double().mean():.1%} of {sample.name}" for sample in samples)
     return _section(
         "Lens equation",

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import distributed
 from dataset import NpyDataset, some_of_each_class
 from metrics import distances, physics
-from metrics.measure import Measured, Sample, find_nearest, measure, measure_cached, select, thumbnails
+from metrics.measure import Measured, Sample, find_nearest, measure, measure_cached, origin_of, select, thumbnails
 from metrics.two_sample import HELD_OUT, c2st
 from settings import InputError
 from simulate.recipes import pixel_scale_of
@@ -85,7 +85,7 @@ def _accuracy(real: Measured, other: Measured, train: Measured) -> dict[str, flo
 
 def titles_of(dataset: NpyDataset) -> dict[str, str]:
     """Titles of all metrics of the images of a dataset; some may have no value, as FID without its network."""
-    size, (_, unit) = dataset.image_shape[-1], pixel_scale_of(dataset.classes, dataset.image_shape)
+    size, (_, unit) = dataset.image_shape[-1], pixel_scale_of(*origin_of(dataset))
     bands = physics.bands(size).items()
     residuals = {f"residual_{band}": f"Lens residual, {low}-{high} cycles, W1" for band, (low, high) in bands}
     return TITLES | {"lens_residual": "Residual of the lens equation, W1"} | physics.titles(size, unit) | residuals
@@ -178,7 +178,7 @@ class Reference:
         self.count, self.networks = count, (classifier, inception, batch_size)
         self.floors: dict[int, _OfSubsets] = {}  # of each seed of a split: the same for all that is scored
         index = some_of_each_class(test.labels, 2 * count, seed)
-        self.sample = Sample("real", test, index, measure_cached("test", test, index, *self.networks))
+        self.sample = Sample("real", test, index, measure_cached("test", test, index, *self.networks), test)
         index = some_of_each_class(train.labels, count, seed)
         self.train = train
         self.train_measured = measure_cached("train", train, index, classifier, None, batch_size)
@@ -196,9 +196,9 @@ class Reference:
             floor_std, None where it does not apply.
         """
         index = some_of_each_class(dataset.labels, self.count, seed)
-        other = Sample(name, dataset, index, measure(dataset, index, *self.networks))
-        find_nearest(other.measured, self.train_thumbnails)
         real = self.sample
+        other = Sample(name, dataset, index, measure(dataset, index, *self.networks, real.dataset), real.dataset)
+        find_nearest(other.measured, self.train_thumbnails)
 
         def score_split(split: int) -> tuple[_OfSubsets, _OfSubsets]:
             a, b = halves(real.measured["label"], self.count, seed + split)
@@ -211,7 +211,7 @@ class Reference:
 
         with tqdm(total=splits // distributed.size(), desc=f"scoring {name}", leave=False) as bar:
             values, floors = zip(*distributed.spread(score_split, range(splits)), strict=True)
-        for metric_name in titles_of(dataset):
+        for metric_name in titles_of(real.dataset):
             other.metrics[metric_name] = {
                 subset: _summary(metric_name, subset, values, floors, self.count) for subset in values[0]
             }

@@ -56,7 +56,7 @@ def sentences(sample: Sample) -> list[str]:
         _, name, subset = max(farther)
         metric, where = sample.metrics[name][subset], "overall" if subset == "overall" else f"for {subset}"
         farthest = (
-            f'Farthest from its floor is "{titles_of(sample.dataset)[name]}" {where}: {number(name, metric["value"])}, '
+            f'Farthest from its floor is "{titles_of(sample.real)[name]}" {where}: {number(name, metric["value"])}, '
             f"where real images have {number(name, metric['floor'])}."
         )
     share = sample.metrics["copy_share"]["overall"]

@@ -1,35 +1,147 @@
-"""Facts about the images that simulate/ makes, for whoever reads such images. Imports nothing that takes time."""
+"""The recipes that simulate/ makes images by, for whoever reads such images. Imports nothing that takes time."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+RECIPE_FILE = "recipe.json"  # beside the class folders
+CHOICES = ("noise", "cosmology", "convention")  # what is not the same in all images of a model
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How images were simulated."""
+    """How images are simulated. Magnitudes are those of 1 count per second at ``zero_point``."""
 
-    name: str
+    model: str  # of DeepLense: I, II, III or IV
     classes: tuple[str, ...]  # names of the class folders, alphabetical
     smooth_classes: tuple[str, ...]  # those without substructure
     image_shape: tuple[int, int, int]  # channels, height, width
     pixel_scale: float  # arcsec a pixel
-    z_lens: float
-    z_source: float
-    z_convention: float  # of the source that deflections are meant for
-    deflection_scale: float  # what they are multiplied by for a source at z_source
+    psf_fwhm: float  # arcsec; the point spread function is a Gaussian
+    zero_point: float  # magnitude
+    exposure: tuple[float, float]  # least and most, in seconds; log-uniform in between, the same for all bands
+    sky_noise: float  # standard deviation, counts per second a pixel, at ``published_zero_point``
+    published_zero_point: float  # of the published code, which had an older lenstronomy, and of the noise
+    z_convention: float | None  # redshift of the source that deflections are meant for; None takes them as they are
+    noise: bool
+    z_lens: float = 0.5
+    z_source: float = 1.0
+    deflection_scale: float = 0.6343147  # what z_convention multiplies deflections by, in the cosmology WMAP9
+    source: tuple[str, float] = ("magnitude", 20)  # or ("amp", brightness at R_sersic in counts per second / arcsec^2)
+    psf_truncation: float = 5  # standard deviations
+    photons: bool = False  # images are numbers of photons in place of counts per second
+    times: float = 2  # the published images without noise are so many times the model: a slip of their code
+    published_file: str = "{class}/{class}_sim_{index}.npy"
+    cosmology: str = "WMAP9"  # of the ray tracing
+    convention: str = "luminosity"  # of distances in Einstein radii
+
+    @property
+    def lens_equation(self) -> bool:
+        """Whether the smooth lens that metrics/lens_equation.py fits is that of these images."""
+        return self == MODEL_II
 
 
-MODEL_II = Recipe("Model II", ("axion", "cdm", "no_sub"), ("no_sub",), (1, 64, 64), 0.101, 0.5, 1.0, 2.5, 0.6343147)
-RECIPES = (MODEL_II,)
+def sky_noise(
+    exposures: int, seconds: float, sky: float, zero_point: float, read_noise: float, pixel_scale: float
+) -> float:
+    """Standard deviation of the sky and the read noise (electrons an exposure), in counts per second a pixel.
+
+    ``seconds`` is the length of one exposure, ``sky`` in magnitudes per square arcsec.
+    """
+    total = exposures * seconds
+    return (exposures * read_noise**2 + total * 10 ** (-0.4 * (sky - zero_point)) * pixel_scale**2) ** 0.5 / total
 
 
-def recipe_of(classes: Sequence[str], image_shape: Sequence[int]) -> Recipe | None:
-    """The recipe that makes images of these classes and this shape; None for images of unknown origin."""
-    found = (r for r in RECIPES if (r.classes, r.image_shape) == (tuple(classes), tuple(image_shape)))
-    return next(found, None)
+_KINDS = ("axion", "cdm", "no_sub"), ("no_sub",)
+
+# Euclid VIS over 6 years as in lenstronomy 1.9.2, which the published code had, but for the zero point: that of
+# lenstronomy 1.14.2, in which all images have been written here
+MODEL_II = Recipe(
+    *("II", *_KINDS, (1, 64, 64)),
+    pixel_scale=0.101,
+    psf_fwhm=0.16,
+    zero_point=25.72,
+    exposure=(4 * 565, 4 * 565),
+    sky_noise=sky_noise(4, 565, 22.35, 24.0, 4.2, 0.101),
+    published_zero_point=24.0,
+    z_convention=2.5,
+    noise=False,
+)
+# HST WFC3 F160W, one exposure, the same in both
+MODEL_III = replace(
+    MODEL_II,
+    model="III",
+    pixel_scale=0.08,
+    psf_fwhm=0.08,
+    zero_point=25.96,
+    exposure=(5400, 5400),
+    sky_noise=sky_noise(1, 5400, 22.3, 25.96, 4, 0.08),
+    published_zero_point=25.96,
+)
+# An instrument made by hand, without magnitudes
+MODEL_I = replace(
+    MODEL_II,
+    model="I",
+    image_shape=(1, 150, 150),
+    pixel_scale=0.05,
+    psf_fwhm=0.087,
+    psf_truncation=3,
+    exposure=(1e3, 10**3.5),
+    sky_noise=0.01,
+    z_convention=None,
+    deflection_scale=1.0,
+    source=("amp", 20),
+    noise=True,
+    photons=True,
+    times=1,
+)
+# The instrument of Model II three times, called g, r and i; the lens and its light are in model_iv.py
+MODEL_IV = replace(
+    MODEL_II,
+    model="IV",
+    classes=("axion", "cdm", "no"),
+    smooth_classes=("no",),
+    image_shape=(3, 64, 64),
+    zero_point=24.0,
+    noise=True,
+    times=1,
+    published_file="{split}/{class}/sim_{index}.npy",
+)
+MODELS = {recipe.model: recipe for recipe in (MODEL_I, MODEL_II, MODEL_III, MODEL_IV)}
 
 
-def pixel_scale_of(classes: Sequence[str], image_shape: Sequence[int]) -> tuple[float, str]:
+def recipe_of(classes: Sequence[str], image_shape: Sequence[int], root_dir: str | Path | None = None) -> Recipe | None:
+    """The recipe that made images of these classes and this shape; None for images of unknown origin.
+
+    The folder of the images says it in its ``recipe.json``. Where there is none, 64 x 64 pixels of three known classes
+    are Model II.
+    """
+    told = _read(Path(root_dir) / RECIPE_FILE) if root_dir is not None else {}
+    recipe = MODELS.get(str(told.get("model", "II")))
+    if recipe is None or (recipe.classes, recipe.image_shape) != (tuple(classes), tuple(image_shape)):
+        return None
+    return replace(recipe, **{name: told[name] for name in CHOICES if name in told})
+
+
+def description(recipe: Recipe) -> dict[str, Any]:
+    """Content of ``recipe.json``."""
+    return {name: getattr(recipe, name) for name in ("model", "pixel_scale", *CHOICES)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a recipe.json says; nothing where it is absent or no such thing."""
+    with suppress(OSError, ValueError):
+        told = json.loads(path.read_bytes())
+        return told if isinstance(told, dict) else {}
+    return {}
+
+
+def pixel_scale_of(
+    classes: Sequence[str], image_shape: Sequence[int], root_dir: str | Path | None = None
+) -> tuple[float, str]:
     """Pixel scale and the unit of lengths: arcsec where a recipe is known, else pixels."""
-    recipe = recipe_of(classes, image_shape)
+    recipe = recipe_of(classes, image_shape, root_dir)
     return (recipe.pixel_scale, "arcsec") if recipe else (1.0, "pixels")

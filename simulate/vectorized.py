@@ -1,4 +1,4 @@
-"""The recipe of model_ii.py for many images at once, in float32 on any device, with the formulas of caustics.
+"""The recipe of Model II for many images at once, in float32 on any device, with the formulas of caustics.
 
 For timing: the strongest simulator that a generator can be compared with. The main lens is the same in every image, so
 its deflections are computed once, by lenstronomy; the point masses are those of each image.
@@ -17,8 +17,8 @@ from lenstronomy.LensModel.Profiles.sersic_utils import SersicUtil
 from lenstronomy.Util.param_util import ellipticity2phi_q
 from torch import Tensor
 
-from simulate.model_ii import einstein_radius, pixel_centres, point_masses, psf_matrix, source_light, source_plane
 from simulate.recipes import MODEL_II
+from simulate.renderer import einstein_radius, pixel_centres, point_masses, psf_matrix, source_light, source_plane
 
 
 def render_many(rows: Sequence[dict[str, Any]], device: torch.device | str = "cpu") -> Tensor:

@@ -149,7 +149,7 @@ def test_an_evaluate_of_others_makes_way(tmp_path):
         ("from models.model import NanoDiT", False),
         ("import plots, distributed", False),
         ("from train.run import Run", True),
-        ("from simulate.model_ii import render_row", False),
+        ("from simulate.renderer import render_row", False),
     ],
 )
 def test_modules_of_others_with_our_names_do_not_matter(tmp_path, code, imported):

@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from dataset import normalize
 from metrics import physics
 from metrics.lens_equation import fit_smooth_lens, fits
-from simulate import model_ii as sim
+from simulate import renderer as sim
 from simulate.recipes import MODEL_II, pixel_scale_of, recipe_of
 
 SCALE = MODEL_II.pixel_scale
