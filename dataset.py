@@ -299,10 +299,8 @@ def find_classes(root: str | Path) -> tuple[str, ...]:
 def classes_with_files(root: str | Path) -> set[str]:
     """Names of the classes of a folder that there are files of, sound or not; none for a folder without classes."""
     sources = _sources(Path(root))
-    empty = [
-        source for source in sources if source.path.is_dir() and not any(map(is_image_file, os.listdir(source.path)))
-    ]
-    return _classes_of([source for source in sources if source not in empty])
+    folders = {source.path: os.listdir(source.path) for source in sources if source.path.is_dir()}
+    return _classes_of([source for source in sources if any(map(is_image_file, folders.get(source.path, ["x.npy"])))])
 
 
 def _find_classes(root: Path, sources: list[_Source]) -> tuple[str, ...]:
@@ -404,16 +402,19 @@ def _in_places(places: list[_Source]) -> list[_Source]:
         for place in places
         for name in _folders(place.path)
     ]
-    return found or [file for place in places for file in _files_of(place)]
+    return found or _files_of(places)
 
 
-def _files_of(place: _Source) -> list[_Source]:
-    """Files of images of a folder without class folders: a labelled stack, a stack for each class, or images of one."""
-    names = sorted(filter(is_image_file, os.listdir(place.path))) if place.path.is_dir() else []
-    files = [place._replace(path=place.path / name, name=f"{place.name}{name}", of=_ONE_CLASS) for name in names]
-    files = [file for file in files if not is_table(file.path)]
+def _files_of(places: list[_Source]) -> list[_Source]:
+    """Files of images of folders without class folders: labelled stacks, a stack for each class, or images of one."""
+    files = [
+        place._replace(path=place.path / name, name=f"{place.name}{name}", of=_ONE_CLASS)
+        for place in places
+        for name in (sorted(os.listdir(place.path)) if place.path.is_dir() else [])
+        if is_image_file(name) and not is_table(place.path / name)
+    ]
     if labelled := [file._replace(of=None) for file in files if read_labels(file.path) is not None]:
-        return labelled[:1]
+        return labelled
     stacks = [is_stack(file.path) for file in files] if len(files) <= _MOST_STACKS else []
     if True not in stacks:
         return files

@@ -98,7 +98,8 @@ ROOMS = {  # modules by folder or name -> what they may import from, beside them
     "settings": {"files"},  # inside a function: --help starts fast
     "files": {"settings"},
     "distributed": {"files", "settings"},
-    "dataset": {"files", "settings", "distributed"},
+    "image_files": {"settings"},
+    "dataset": {"files", "settings", "distributed", "image_files"},
     "plots": {"files", "settings"},
     "simulate": {"files", "settings", "distributed", "dataset", "plots"},
     "models": {"files", "settings", "distributed", "dataset"},

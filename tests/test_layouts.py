@@ -338,6 +338,13 @@ def a_stack_and_an_image(root):
     np.save(root / "b.npy", some_images(1)[0])
 
 
+def a_stack_of_few_images(root):
+    """In one of the splits, where it could be an image of several channels."""
+    for split, count in (("train", 20), ("val", 9)):
+        (root / split).mkdir()
+        np.save(root / split / "a.npy", some_images(count)[:, 0])
+
+
 def a_split_without_classes(root):
     for k, path in enumerate(("train/a", "val")):
         (root / path).mkdir(parents=True)
@@ -413,6 +420,7 @@ REFUSED = {
     "malicious labels": (labelled(STACK, np.array([Bomb()] * 20)), "labels.npy: is not a .npy file of numbers or"),
     "a label that is no name": (labelled(STACK, np.array(["../a"] * 20)), r"no class can have the name '\.\./a'"),
     "a stack beside an image": (a_stack_and_an_image, "b.npy is one image, and .*a.npy is a stack of images: put"),
+    "stacks of many and of few": (a_stack_of_few_images, "val/a.npy is one image, and .*train/a.npy is a stack"),
     "a split without classes": (a_split_without_classes, "val: no class folders in it: add some, or move it away"),
 }
 
