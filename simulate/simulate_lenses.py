@@ -39,12 +39,9 @@ NUM_WORKERS: Whole = 0  # Processes; 0 takes one for each core
 GALAXIES_PATH: str | None = None  # Galaxy10_DECals.h5, whose galaxies are the sources of Model IV; None draws others
 AS_PUBLISHED: bool = False  # Files as the published code writes them, those of axions as pickles
 
-# As the published code has it, and what would be right
-NOISE: Literal["published", "on", "off"] = "published"  # Model I has it, II and III have none; "on" is that of the sky
-#                                                         and of photons in each of them
-COSMOLOGY: Literal["WMAP9", "Planck18"] = (
-    "WMAP9"  # Of the ray tracing; the second one is newer, its images differ by 1%
-)
+# As the published code has it, and what else makes sense
+NOISE: Literal["published", "on", "off"] = "published"  # Models I and IV have it; "on" adds it to II and III
+COSMOLOGY: Literal["WMAP9", "Planck18"] = "WMAP9"  # Of the rays; the second one is newer: images differ by 1% of peak
 EINSTEIN_RADIUS_CONVENTION: Literal["luminosity", "angular_diameter"] = "luminosity"  # The second one is the textbook's
 
 
