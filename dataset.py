@@ -51,6 +51,7 @@ from image_files import (  # noqa: F401
     read_stack,
     stem_of,
 )
+from scaling import Scaling
 from settings import InputError
 
 _SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}  # names of folders
@@ -76,7 +77,9 @@ class NpyDataset(Dataset):
     Attributes:
         classes: names of the labels 0, 1, ...
         image_shape: (c, s, s).
-        images: (n, c, s, s) float32, each scaled to [0, 1] by its own minimum and maximum; read when first used.
+        scaling: of the images, may be set before they are read; see ``Scaling``.
+        images: (n, c, s, s) float32, scaled to [0, 1], by its own minimum and maximum each unless ``scaling`` says
+            otherwise; read when first used.
         labels: (n,) int64, index into ``classes``.
         low, high: (n,) float64, minimum and maximum of each image in the unit of its file, which became 0 and 1.
         values: (n, 4) float64 that a pickled file gives behind its image; NaN where there are none.
@@ -89,6 +92,8 @@ class NpyDataset(Dataset):
     Raises:
         InputError: for a folder without classes, with bad files, or with no image of a class in the split.
     """
+
+    scaling = Scaling()
 
     def __init__(
         self,
@@ -164,8 +169,9 @@ class NpyDataset(Dataset):
 
     def read(self, index: Tensor | slice) -> Tensor:
         """Some of ``images``, read from the cache on disk without keeping the others in memory."""
-        index = self._keep[np.asarray(index) if isinstance(index, Tensor) else index]
-        return torch.from_numpy(self._packed[index])
+        index = np.asarray(index) if isinstance(index, Tensor) else index
+        low, high = (torch.from_numpy(values[index]) for values in (self.low, self.high))
+        return self.scaling.apply(torch.from_numpy(self._packed[self._keep[index]]), low, high)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -21,7 +21,8 @@ from dataset import KINDS, NpyDataset, classes_with_files, is_image_file, load_p
 from files import contents, hold, holder_of
 from models import generated_folder
 from models.generator import Generator, generate_image, load_model  # noqa: F401
-from settings import Count, Guidance, InputError, Splits, Steps, Whole
+from scaling import Scaling
+from settings import Count, Guidance, InputError, Positive, Splits, Steps, Whole
 
 DATA_DIR: str = "data"  # Folder with a folder of images for each class: its test images are the reference
 REAL_DIR: str | None = None  # Another such folder of real images, in its place
@@ -29,6 +30,7 @@ GENERATED_DIR: str | None = None  # A folder of images to score; None generates 
 OUTPUT_DIR: str = "generated_npy"  # Where generated images go, and _compared behind it those of a second checkpoint
 REPORT_DIR: str = "evaluation"  # Where report.html and report.json go
 FIGURE_PATH: str = "evaluation/lenses.png"  # Picture of real and generated lenses
+PIXEL_SCALE: Positive | None = None  # Arcsec a pixel; None takes it from FITS headers or the recipe, or else has pixels
 CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
     "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/component_mlp.safetensors"
 )
@@ -86,6 +88,9 @@ def main() -> None:
     count = min(count, *(fewest(dataset) for dataset, _ in samples))  # bad images may have been skipped
     if count < 3:
         raise InputError("fewer than 3 sound images of a class to score")
+    scaling = Scaling(**samples[0][1].get("scaling", {}))
+    for dataset in (real, train, *(dataset for dataset, _ in samples)):
+        dataset.scaling, dataset.pixel_scale = scaling, PIXEL_SCALE or real.pixel_scale
     with distributed.main_first():
         inception = load_inception(INCEPTION_WEIGHTS_PATH, device)
     for space, features in {"lens": classifier.fc.in_features, "Inception": 2048 if inception else 0}.items():
@@ -165,6 +170,7 @@ def prepare(model: Generator, checkpoint: str, output: str) -> tuple[Generator, 
         "sha256": generated_folder.sha256(checkpoint),
         "sampler": asdict(model.sampler_for(NUM_ODE_STEPS, CFG_SCALE)),
         "seed": SEED,
+        "scaling": asdict(model.scaling),
     }
     with distributed.main_first():
         if distributed.is_main():

@@ -49,6 +49,11 @@ def origin_of(dataset: NpyDataset) -> tuple[tuple[str, ...], tuple[int, ...], Pa
     return dataset.classes, dataset.image_shape, dataset.root_dir
 
 
+def scale_of(dataset: NpyDataset) -> tuple[float, str]:
+    """Pixel scale and the unit of lengths: arcsec where files or a recipe say it, else pixels."""
+    return (dataset.pixel_scale, "arcsec") if dataset.pixel_scale else pixel_scale_of(*origin_of(dataset))
+
+
 @torch.no_grad()
 def measure(
     dataset: NpyDataset,
@@ -67,7 +72,7 @@ def measure(
         over peak) and residual_* (RMS in a band) of the smooth lens that fits best.
     """
     origin = origin_of(real or dataset)
-    recipe, (pixel_scale, _) = recipe_of(*origin), pixel_scale_of(*origin)
+    recipe, (pixel_scale, _) = recipe_of(*origin), scale_of(real or dataset)
     batches = -(-len(index) // batch_size)
     bar = tqdm(total=batches // distributed.size(), desc="measuring", unit="batch", leave=False)
 
@@ -77,7 +82,7 @@ def measure(
         row = {
             "label": dataset.labels[index[part]],
             "features": features,
-            "probabilities": probabilities,
+            **({"probabilities": probabilities} if len(dataset.classes) > 1 else {}),
             "profile": physics.radial_profile(images),
             "spectrum": physics.power_spectrum(images),
             "thumbnail": thumbnails_of(images),
@@ -88,7 +93,7 @@ def measure(
         if inception is not None:
             device = next(inception.parameters()).device
             rgb = images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-            row["inception"] = inception((255 * rgb).byte().to(device)).cpu()
+            row["inception"] = inception((255 * rgb.clamp(0, 1)).byte().to(device)).cpu()
         bar.update()
         return row
 
@@ -128,8 +133,8 @@ def measure_cached(
     name: str, dataset: NpyDataset, index: Tensor, classifier: nn.Module, inception: nn.Module | None, batch_size: int
 ) -> Measured:
     """``measure``, kept in the dataset's cache under a name until its files, ``index`` or a network change."""
-    recipe = recipe_of(*origin_of(dataset))
-    state = hashlib.sha256(repr((_VERSION, dataset.fingerprint, dataset.classes, recipe, index.tolist())).encode())
+    how = dataset.scaling, scale_of(dataset), recipe_of(*origin_of(dataset))
+    state = hashlib.sha256(repr((_VERSION, dataset.fingerprint, dataset.classes, how, index.tolist())).encode())
     for network in filter(None, (classifier, inception)):
         for weights in network.state_dict().values():
             state.update(weights.cpu().numpy().tobytes())

@@ -19,10 +19,10 @@ import plots
 from files import whole
 from metrics import verdict
 from metrics.distances import wilson_interval
-from metrics.measure import Sample, origin_of
+from metrics.measure import Sample, origin_of, scale_of
 from metrics.score import DISTANCES, Reference, apart, number, ratio, subsets_of, titles_of
 from models.generated_folder import sha256
-from simulate.recipes import pixel_scale_of, recipe_of
+from simulate.recipes import recipe_of
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "numpy", "lenstronomy")
 _SHOWN = 8  # images of a class in the grids
@@ -58,7 +58,7 @@ def write_lenses(path: str, real: Sample, sample: Sample) -> None:
         rows[f"{name}\nreal"] = _some(real, label).numpy()
         distance = ratio(sample.metrics["frechet_lens"][name])
         accuracy = sample.metrics["class_accuracy"][name]["value"]
-        scores = f"Fréchet {distance:.1f} x floor\nclassifier {accuracy:.0%}"
+        scores = f"Fréchet {distance:.1f} x floor" + (f"\nclassifier {accuracy:.0%}" if accuracy is not None else "")
         rows[f"{name}\ngenerated\n{scores}"] = _some(sample, label).numpy()
     plots.save(plots.image_grid(rows), path)
 
@@ -79,7 +79,7 @@ def write_json(path: Path, settings: dict[str, Any], samples: list[Sample], refe
         "verdict": verdict.words(samples[0]),
         "metrics": samples[0].metrics,
         "lens_fit": {sample.name: _lens_fit(sample) for sample in everyone if "explained" in sample.measured},
-        "confusion": {sample.name: _confusion(sample).tolist() for sample in everyone},
+        "confusion": {sample.name: _confusion(sample).tolist() for sample in everyone if _is_classified(sample)},
         "compared": [{"source": sample.source, "metrics": sample.metrics} for sample in samples[1:]],
     }
     with whole(path) as file:
@@ -100,7 +100,7 @@ def _lens_fit(sample: Sample) -> dict[str, dict[str, float]]:
 def write_html(path: Path, settings: dict[str, Any], samples: list[Sample], reference: Reference) -> None:
     """report.html: self-contained, with the verdict first, then the pictures; the other metrics fold open."""
     everyone, splits = (reference.sample, *samples), settings["NUM_SPLITS"]
-    classes, unit = reference.sample.dataset.classes, pixel_scale_of(*origin_of(reference.sample.real))[1]
+    classes, unit = reference.sample.dataset.classes, scale_of(reference.sample.real)[1]
     named = [(label, name, sample) for label, name in enumerate(classes) for sample in everyone]
     grid = {f"{name}\n{sample.name}": _some(sample, label).numpy() for label, name, sample in named}
     sections = [
@@ -116,13 +116,14 @@ def write_html(path: Path, settings: dict[str, Any], samples: list[Sample], refe
     ]
     if "lens_residual" in reference.sample.measured:
         sections.append(_lens_equation(everyone))
-    sections.append(
-        _section(
-            "Classifier",
-            "; ".join(_accuracy(sample) for sample in everyone) + " (95% Wilson intervals).",
-            *(plots.confusion_matrix(_confusion(sample), classes, sample.name) for sample in everyone),
+    if _is_classified(reference.sample):
+        sections.append(
+            _section(
+                "Classifier",
+                "; ".join(_accuracy(sample) for sample in everyone) + " (95% Wilson intervals).",
+                *(plots.confusion_matrix(_confusion(sample), classes, sample.name) for sample in everyone),
+            )
         )
-    )
     for sample in samples:
         closest = sample.measured["train_distance"].argsort()[:_SHOWN]
         distances = ", ".join(f"{d:.4f}" for d in sample.measured["train_distance"][closest].tolist())
@@ -211,6 +212,11 @@ def _of_class(sample: Sample, name: str, label: int) -> np.ndarray:
     return sample.measured[name][sample.measured["label"] == label].numpy()
 
 
+def _is_classified(sample: Sample) -> bool:
+    """Whether there are classes to be told apart."""
+    return "probabilities" in sample.measured
+
+
 def _confusion(sample: Sample) -> np.ndarray:
     """Counts (k, k) for k classes; row i, column j: images of class i that the classifier calls class j."""
     k, called = len(sample.dataset.classes), sample.measured["probabilities"].argmax(1)
@@ -225,7 +231,7 @@ def _accuracy(sample: Sample) -> str:
 
 def _bands_figure(samples: Sequence[Sample], name: str, xlabel: str, ylabel: str) -> Figure:
     axis = np.arange(samples[0].measured[name].shape[1])
-    axis = (axis + 0.5) * pixel_scale_of(*origin_of(samples[0].real))[0] if name == "profile" else axis
+    axis = (axis + 0.5) * scale_of(samples[0].real)[0] if name == "profile" else axis
     return plots.bands(axis, _panels(samples, name), xlabel, ylabel, log=name == "spectrum")
 
 

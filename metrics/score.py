@@ -17,10 +17,9 @@ from tqdm import tqdm
 import distributed
 from dataset import NpyDataset, some_of_each_class
 from metrics import distances, physics
-from metrics.measure import Measured, Sample, find_nearest, measure, measure_cached, origin_of, select, thumbnails
+from metrics.measure import Measured, Sample, find_nearest, measure, measure_cached, scale_of, select, thumbnails
 from metrics.two_sample import HELD_OUT, c2st
 from settings import InputError
-from simulate.recipes import pixel_scale_of
 
 COPY_QUANTILE = 0.05  # a copy is nearer to a training image than all but this share of the test images
 SHARES = {"copy_share", "two_sample_accuracy", "class_accuracy"}  # printed as percentages
@@ -80,12 +79,14 @@ TITLES["two_sample_accuracy"] = "C2ST, accuracy against real"  # needs the image
 
 @metric(class_accuracy="Classifier accuracy, generated")
 def _accuracy(real: Measured, other: Measured, train: Measured) -> dict[str, float]:
+    if "probabilities" not in other:
+        return {}
     return {"class_accuracy": (other["probabilities"].argmax(1) == other["label"]).double().mean().item()}
 
 
 def titles_of(dataset: NpyDataset) -> dict[str, str]:
     """Titles of all metrics of the images of a dataset; some may have no value, as FID without its network."""
-    size, (_, unit) = dataset.image_shape[-1], pixel_scale_of(*origin_of(dataset))
+    size, (_, unit) = dataset.image_shape[-1], scale_of(dataset)
     bands = physics.bands(size).items()
     residuals = {f"residual_{band}": f"Lens residual, {low}-{high} cycles, W1" for band, (low, high) in bands}
     return TITLES | {"lens_residual": "Residual of the lens equation, W1"} | physics.titles(size, unit) | residuals
@@ -140,8 +141,13 @@ def halves(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def check_match(data: NpyDataset, others: dict[str, Any]) -> None:
-    """Raises InputError unless generators, classifiers and folders, by their paths, are of images like the data."""
+    """Raises InputError unless generators, classifiers and folders, by their paths, are of images like the data.
+
+    Of one class, there is nothing to classify: any classifier gives features.
+    """
     for path, other in others.items():
+        if len(data.classes) == 1 and hasattr(other, "channels"):
+            continue
         shape = getattr(other, "image_shape", None) or (other.channels, *data.image_shape[1:])
         for ours, theirs in zip(_words(data.classes, data.image_shape), _words(other.classes, shape), strict=True):
             if ours != theirs:

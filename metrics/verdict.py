@@ -9,6 +9,7 @@ from metrics.score import ROUNDING, SHARES, apart, number, titles_of
 WORDS = ("at the floor", "near", "off")
 FAR_RATIO, FAR_DIFFERENCE = 3, 0.05
 _FEW = 100  # images a class
+_NUMBERS = {4: "four", 5: "five"}
 _SPLITS = 10  # by which "apart" is meant, however many there are: by few, nothing ever is
 RULE = (
     "The floor is the same metric of real images against other real images, in the same numbers. A metric is apart "
@@ -62,8 +63,8 @@ def sentences(sample: Sample) -> list[str]:
     share = sample.metrics["copy_share"]["overall"]
     seen = "No sign of copies" if found["copy_share"]["overall"] == "at the floor" else "Signs of copies"
     return [
-        f"Of the five metrics that decide, {', '.join(counted)}, overall or in the class that is worst "
-        f"({count} images a class{few}).",
+        f"Of the {_NUMBERS[len(found)]} metrics that decide, {', '.join(counted)}, overall or in the class that is "
+        f"worst ({count} images a class{few}).",
         farthest,
         f"{seen}: {share['value']:.1%} of the images, and {share['floor']:.1%} of real test images, are as near to a "
         "training image as a copy would be.",
@@ -75,7 +76,8 @@ def _deciding(sample: Sample) -> list[str]:
     physical = "lens_residual"
     if sample.metrics[physical]["overall"]["value"] is None:
         physical = [name for name in sample.metrics if name.startswith("power_")][-1]
-    return ["frechet_lens", "two_sample_accuracy", "class_accuracy", "copy_share", physical]
+    decide = ["frechet_lens", "two_sample_accuracy", "class_accuracy", "copy_share", physical]
+    return [name for name in decide if sample.metrics[name]["overall"]["value"] is not None]
 
 
 def _excess(name: str, metric: dict[str, Any]) -> float:

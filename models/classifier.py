@@ -64,8 +64,12 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> nn.
 def classify(
     model: nn.Module, images: Tensor, batch_size: int = 128, show_progress: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities (n, classes) and pooled features (n, 512) of images (n, c, h, w) of any range, on the CPU."""
+    """Probabilities (n, classes) and pooled features (n, 512) of images (n, c, h, w) of any range, on the CPU.
+
+    A classifier of one channel sees the mean of several.
+    """
     device = model.fc.weight.device
+    images = images.mean(1, keepdim=True) if model.channels == 1 and images.shape[1] > 1 else images
     pooled = []
     hook = model.avgpool.register_forward_hook(lambda module, inputs, output: pooled.append(output.flatten(1).cpu()))
     try:

@@ -310,9 +310,14 @@ def sample(
     return images
 
 
+def to_network_range(images: Tensor) -> Tensor:
+    """Images in [0, 1] to the range of the network, [-1, 1]."""
+    return 2 * images - 1
+
+
 def to_unit_range(images: Tensor) -> Tensor:
-    """Images in the range of the network, [-1, 1], to [0, 1]; what lies outside is clipped."""
-    return ((images + 1) / 2).clamp(0, 1)
+    """Images in the range of the network, [-1, 1], to [0, 1]."""
+    return (images + 1) / 2
 
 
 def _per_image(t: Tensor, like: Tensor) -> Tensor:

@@ -70,8 +70,8 @@ def begin(folder: Path, source: dict[str, Any]) -> None:
 
 
 def generate_to_folder(model: Generator, folder: Path, count: int, source: dict[str, Any], batch_size: int) -> None:
-    """Writes images 0 to count - 1 of each class, float32 in [0, 1], to a folder that was begun; goes on where it was
-    stopped.
+    """Writes images 0 to count - 1 of each class, float32 in the unit of the data, to a folder that was begun; goes on
+    where it was stopped.
 
     No two images start from the same noise, and image i of a class and seed is always the same.
     """
@@ -89,6 +89,7 @@ def generate_to_folder(model: Generator, folder: Path, count: int, source: dict[
         if not all((folder / name).exists() for name in names):
             labels = torch.full((len(names),), label)
             images = model.generate(labels, sampler, source["seed"], batch_size, label * _CLASS_STRIDE + first)
+            images = model.scaling.undo(images)
             for name, image in zip(names, images.numpy(), strict=True):
                 if not (folder / name).exists():
                     _write(folder, name, image[0] if len(image) == 1 else image)

@@ -5,7 +5,7 @@ image = generate_image(load_model("weights/component_mlp.safetensors"), "axion")
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +21,7 @@ from models import flow
 from models.checkpoint import generator_weights, load_checkpoint, load_weights, plain_names
 from models.components import ComponentMLP, PrincipalComponents, without_attention
 from models.model import NanoDiT
+from scaling import Scaling
 from settings import Count, Guidance, InputError, Interval, Steps, Whole, checked
 
 
@@ -47,6 +48,7 @@ SIZES = {
     "NanoDiT-S/16": _S | {"patch_size": 16},
     "ComponentMLP-512": _MLP | {"components": 512},
 }
+_BY_IMAGE = Scaling()  # as the published code has it
 # The published code trained one network on one kind of data without writing down either; it used the exact GELU
 _PUBLISHED_CONFIG = {"patch_size": 2, "hidden_size": 512, "depth": 6, "num_heads": 8, "gelu": "none"}
 _PUBLISHED_CLASSES = ["axion", "cdm", "no_sub"]
@@ -62,6 +64,7 @@ class Generator(nn.Module):
         prediction: what the network predicts, the "velocity" or the clean "image" (arXiv:2511.13720).
         codec: between images and what the network works on; None for images themselves.
         sampler: how images are made unless told otherwise.
+        scaling: of the images it was trained on.
     """
 
     _compiler: Callable[[Callable], Callable] = staticmethod(lambda function: function)
@@ -74,11 +77,12 @@ class Generator(nn.Module):
         prediction: str = "velocity",
         codec: PrincipalComponents | None = None,
         sampler: flow.Sampler | None = None,
+        scaling: Scaling = _BY_IMAGE,
     ):
         super().__init__()
         self.network, self.codec, self.prediction = network, codec, prediction
         self.classes, self.image_shape = tuple(classes), tuple(image_shape)
-        self.sampler = sampler or flow.Sampler()
+        self.sampler, self.scaling = sampler or flow.Sampler(), scaling
         self.sample_shape = network.sample_shape
 
     def description(self) -> dict[str, Any]:
@@ -89,11 +93,13 @@ class Generator(nn.Module):
             "prediction": self.prediction,
             "classes": list(self.classes),
             "image_shape": list(self.image_shape),
+            "scaling": asdict(self.scaling),
         }
 
     def with_network(self, network: nn.Module) -> "Generator":
         """The same around another network, such as the moving average of this one."""
-        return Generator(network, self.classes, self.image_shape, self.prediction, self.codec, self.sampler).eval()
+        kept = self.classes, self.image_shape, self.prediction, self.codec, self.sampler, self.scaling
+        return Generator(network, *kept).eval()
 
     @property
     def device(self) -> torch.device:
@@ -150,7 +156,8 @@ class Generator(nn.Module):
     ) -> Tensor:
         """One image for each label (n,), images first, first + 1, ... of a seed: (n, c, h, w) in [0, 1], on the CPU.
 
-        By ``self.sampler`` unless another one is given; see ``flow.sample``.
+        By ``self.sampler`` unless another one is given; see ``flow.sample``. ``self.scaling.undo`` takes them to the
+        unit of the data.
         """
         sampler = sampler or self.sampler
         velocity = self.along(flow.evaluation_times(sampler, self.standard_deviation is not None)[:-1])
@@ -183,8 +190,11 @@ class Generator(nn.Module):
         return images if self.codec is None else self.codec.encode(images)
 
     def decode(self, z: Tensor) -> Tensor:
-        """(n, *sample_shape) to images (n, c, h, w) in [0, 1]; behind a codec, each fills that range."""
-        return flow.to_unit_range(z) if self.codec is None else self.codec.decode(z)
+        """(n, *sample_shape) to images (n, c, h, w) in [0, 1], or about that where flux is kept."""
+        if self.codec is not None:
+            return self.codec.decode(z)
+        images = flow.to_unit_range(z)
+        return images if self.scaling.keeps_flux else images.clamp(0, 1)
 
     def objective(self, network: flow.Velocity, x: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """``flow.objective`` of a network in this one's place, on (n, *sample_shape)."""
@@ -258,7 +268,7 @@ def build_generator(content: dict[str, Any], path: str | Path) -> Generator:
             if shapes != {key: value.shape for key, value in of_part.items()}:
                 raise InputError(f"{path}: its weights are of another network")
         generator = _assemble(*given)
-        generator.sampler = flow.Sampler(**content["sampler"])
+        generator.sampler, generator.scaling = flow.Sampler(**content["sampler"]), Scaling(**content["scaling"])
     except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, KeyError, IndexError):
         raise InputError(f"{path}: its configuration is not that of a generator") from None
     for name, of_part in parts.items():
@@ -268,6 +278,7 @@ def build_generator(content: dict[str, Any], path: str | Path) -> Generator:
 
 def of_today(content: dict[str, Any]) -> dict[str, Any]:
     """Content of a checkpoint in today's form; those of older versions and of the published code say less."""
+    content = {"scaling": asdict(_BY_IMAGE)} | content
     if "network" in content:
         return content
     config = dict(content.get("model_config", _PUBLISHED_CONFIG))
@@ -307,6 +318,7 @@ def generate_image(
     cfg_scale: float | None = None,
     num_samples: int = 1,
     seed: int = 0,
+    scaled: bool = False,
 ) -> Tensor:
     """Generates lenses of one class.
 
@@ -317,9 +329,11 @@ def generate_image(
             and less diverse, 1 is no guidance.
         num_samples: number of images.
         seed: another seed gives other images; image k of a seed is always the same.
+        scaled: whether images stay as the network has them, in about [0, 1], to be shown, say.
 
     Returns:
-        (num_samples, c, h, w) float32 in [0, 1], on the CPU.
+        (num_samples, c, h, w) float32 on the CPU, in the unit of the data, or in [0, 1] where each image was scaled by
+        itself.
 
     Raises:
         InputError: with the name of the argument that cannot be.
@@ -336,4 +350,5 @@ def generate_image(
         checked("ode_steps", ode_steps, Steps | None), checked("cfg_scale", cfg_scale, Guidance | None)
     )
     labels = torch.full((checked("num_samples", num_samples, Count),), label)
-    return model.generate(labels, sampler, checked("seed", seed, Whole))
+    images = model.generate(labels, sampler, checked("seed", seed, Whole))
+    return images if checked("scaled", scaled, bool) else model.scaling.undo(images)

@@ -1,19 +1,15 @@
 """A generator is its network, codec and sampler and what its data was, all of which travels in its checkpoint."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, ROOT, run_script
+from conftest import DATA, ROOT
 from test_components import component_generator
 from test_model import LENSES, batch, random_model
 
-from files import save_array
 from models import flow
 from models.checkpoint import load_checkpoint, save_checkpoint
-from models.classifier import build_classifier, classify, load_classifier
+from models.classifier import build_classifier, classify
 from models.components import ComponentMLP
 from models.generator import SIZES, Generator, build_generator, build_untrained, generate_image, load_model
 from models.model import NanoDiT
@@ -192,60 +188,6 @@ def test_every_size_is_built_for_any_classes_channels_and_pixels(name):
     shape = (3, 128, 128) if type(model.network) is NanoDiT else (512,)
     assert model.sample_shape == shape
     assert type(model.network).__name__ == SIZES[name]["network"]
-
-
-# Other data: nothing is edited
-
-BLOBS = {"four colours": (("a", "b", "c", "d"), (3, 32, 32)), "large": (("one", "two"), (1, 128, 128))}
-
-
-def make_blobs(folder: Path, classes: tuple[str, ...], shape: tuple[int, ...], count: int = 80) -> None:
-    """Images of a Gaussian in each channel, which lies elsewhere in each class."""
-    random = np.random.default_rng(0)
-    x, y = np.meshgrid(*2 * [np.linspace(-1, 1, shape[-1])])
-    for label, name in enumerate(classes):
-        for i in range(count):
-            place, width = random.normal(label / 2 - 0.5, 0.1, (2, shape[0], 1, 1)), random.uniform(0.2, 0.4)
-            image = np.exp(-((x - place[0]) ** 2 + (y - place[1]) ** 2) / width**2)
-            save_array(folder / name / f"{i}.npy", image if shape[0] > 1 else image[0])
-
-
-@pytest.mark.parametrize(("data", "size"), [("four colours", "NanoDiT-S/16"), ("large", "ComponentMLP-512")])
-def test_other_classes_channels_and_sizes_are_no_edit(data, size, train, tmp_path, monkeypatch, capsys):
-    """Both networks are trained, lenses generated and classified, and all of it scored."""
-    classes, shape = BLOBS[data]
-    make_blobs(tmp_path / "data", classes, shape)
-    monkeypatch.setattr("metrics.two_sample._STEPS", 5)
-    if data == "large":  # the page of the other one is drawn
-        monkeypatch.setattr("metrics.report.write_html", lambda *args: None)
-    monkeypatch.setitem(SIZES, "ComponentMLP-512", SIZES["ComponentMLP-512"] | {"components": 24})
-    sizes = dict.fromkeys(("PATCH_SIZE", "MODEL_HEADS", "LATENT_DIM", "PREDICTION")) | {"MODEL_SIZE": size}
-    run = train(DATA_DIR=str(tmp_path / "data"), MODEL_DEPTH=1, EPOCHS=2, **sizes)
-    assert len(list(run.glob("dit_conditional_npy/sample_epoch_2/*.npy"))) == 2 * len(classes)
-    checkpoint = run / "dit_conditional_ckpts" / "dit_conditional_final.pt"
-    model = load_model(checkpoint, "cpu")
-    assert (model.classes, model.image_shape) == (classes, shape)
-    images = generate_image(model, classes[-1], num_samples=3)
-    assert images.shape == (3, *shape)
-
-    flags = ["--image_size", 32, "--batch_size", 32, "--epochs", 2, "--pretrained", "false"]
-    run_script("train/train_classifier.py", *flags, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "c")
-    classifier = tmp_path / "c" / "classifier_ckpts" / "resnet18_best.pt"
-    loaded = load_classifier(classifier)
-    assert (loaded.classes, loaded.channels) == (classes, shape[0])
-    probabilities, _ = classify(loaded, images)
-    assert probabilities.shape == (3, len(classes))
-    capsys.readouterr()
-    run_script("evaluate/evaluate_classify.py", "--npy_path", tmp_path / "data", "--model_path", classifier)
-    assert f"Accuracy on {classes[-1]}: " in capsys.readouterr().out
-
-    flags = ["--checkpoint_path", checkpoint, "--classifier_path", classifier, "--num_splits", 2]
-    flags += ["--output_dir", tmp_path / "generated", "--report_dir", tmp_path, "--figure_path", tmp_path / "l.png"]
-    run_script("evaluate/evaluate_fld.py", *flags, "--data_dir", tmp_path / "data", "--num_ode_steps", 1)
-    metrics = json.loads((tmp_path / "report.json").read_text())["metrics"]
-    assert set(metrics["frechet_lens"]) == {"overall", *classes}
-    assert metrics["frechet_lens"]["overall"]["value"] > 0
-    assert metrics["lens_residual"]["overall"]["value"] is None  # of lenses, which these are not
 
 
 def test_a_classifier_takes_any_number_of_channels():

@@ -26,8 +26,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed
 import plots
+import scaling
 import settings
-from dataset import NpyDataset, diffusion_transforms, epoch_batches, load_parts
+from dataset import NpyDataset, epoch_batches, load_parts, some_of_each_class
 from models import flow
 from models.checkpoint import load_checkpoint
 from models.components import PrincipalComponents
@@ -41,6 +42,7 @@ DATA_DIR: str = "data"  # Folder with a folder of images for each class; yours, 
 OUTPUT_DIR: str = "diffusion_training"  # Change it to start another run beside this one
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" trains without the files that cannot be read
 ON_MISSING_CLASS: Literal["raise", "go_on"] = "raise"  # "go_on" trains although a class has no images
+SCALING: Literal[scaling.KINDS] = "image"  # "set" keeps flux, "asinh" too, for real images of high contrast
 AUGMENT: Literal[(*SYMMETRIES,)] = "none"  # "square": images have no preferred direction, as real ones; or half of it
 CACHE_DIR: str | None = None  # Where packed images are kept; None is in DATA_DIR itself, if it can be written to
 
@@ -88,6 +90,7 @@ DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU w
 WORTH_STARTING_HOURS: Positive = 168.0  # A run estimated to take longer is announced with the size that would not
 
 _VALIDATION_IMAGES = 512  # enough to tell the best checkpoint
+_FITTED_IMAGES = 8192  # at most, that principal components are fitted to
 
 
 def main() -> None:
@@ -98,12 +101,14 @@ def main() -> None:
     check_settings(len(images))
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
-    images.images = diffusion_transforms(images.images)  # once and for all epochs
+    images.scaling = validation.scaling = choose_scaling(images)
+    images.images = flow.to_network_range(images.images)  # once and for all epochs
     generator = prepare_generator(images)
     network = generator.to(device).network
     content = generator.description()
     run = Run(globals(), "dit_conditional_ckpts/dit_conditional", images, device, content, of_today)
-    generator.sampler = flow.Sampler(NUM_ODE_STEPS, CFG_SCALE, SOLVER, TIME_GRID, TOLERANCE)
+    guidance = CFG_SCALE if len(images.classes) > 1 else 1.0  # of one class, there is nothing to be truer to
+    generator.sampler = flow.Sampler(NUM_ODE_STEPS, guidance, SOLVER, TIME_GRID, TOLERANCE)
     run.content |= {"sampler": asdict(generator.sampler)}
     announce(generator, EPOCHS * len(images))
 
@@ -205,6 +210,22 @@ def check_settings(num_images: int) -> None:
         raise InputError(f"MIN_LEARNING_RATE {MIN_LEARNING_RATE:g} is more than LEARNING_RATE {LEARNING_RATE:g}", 2)
 
 
+def choose_scaling(images: NpyDataset) -> scaling.Scaling:
+    """The scaling of the generator at START_PATH, or else that of SCALING for these images.
+
+    Raises:
+        InputError: when the first is not of SCALING.
+    """
+    if START_PATH:
+        found = build_generator(load_checkpoint(START_PATH), START_PATH).scaling
+        if found.kind != SCALING:
+            raise InputError(f"{START_PATH} takes its images with --scaling {found.kind}", 2)
+        return found
+    some = some_of_each_class(images.labels, 200)
+    low, high = (torch.from_numpy(values[some]) for values in (images.low, images.high))
+    return scaling.Scaling.of(SCALING, images.read(some), low, high)
+
+
 def prepare_generator(images: NpyDataset) -> Generator:
     """The generator of MODEL_SIZE and of the constants that are set beside it, or that of START_PATH with its weights.
 
@@ -216,12 +237,14 @@ def prepare_generator(images: NpyDataset) -> Generator:
     if START_PATH:
         return start_from(START_PATH, (SIZES[MODEL_SIZE] if MODEL_SIZE else {}) | given, images)
     size = MODEL_SIZE or "NanoDiT-B/2"
-    codec = None
+    changes, codec = dict(given), None
     if components := SIZES[size].get("components"):
-        codec = distributed.from_main(PrincipalComponents.fitted(some_of_all(images.images, AUGMENT, 8192), components))
-        given |= {"components": len(codec.standard_deviation)} | codec.config
+        some = some_of_all(images.images, AUGMENT, _FITTED_IMAGES)
+        codec = distributed.from_main(PrincipalComponents.fitted(some, components, images.scaling.keeps_flux))
+        changes |= {"components": len(codec.standard_deviation)} | codec.config
     try:
-        generator = build_untrained(size, images.classes, images.image_shape, **given)
+        generator = build_untrained(size, images.classes, images.image_shape, **changes)
+        generator.scaling = images.scaling
         if codec is not None:
             generator.codec.load_state_dict(codec.state_dict())
             generator.network.standard_deviation.copy_(codec.standard_deviation)
@@ -229,9 +252,15 @@ def prepare_generator(images: NpyDataset) -> Generator:
         raise InputError(f"no such network: {error}", 2) from None
     except TypeError:  # an argument that its class does not have
         raise InputError(f"no such network: {size} has not all of {', '.join(given)}", 2) from None
-    print(f"network: {size}" + "".join(f", but {name} {value}" for name, value in given.items()))
-    if getattr(generator.network, "patch_size", 0) >= 8 and generator.prediction == "velocity":
-        print(f'patches of {PATCH_SIZE} pixels learn the velocity badly: PREDICTION = "image" is made for them')
+    changed = "".join(f", but {name} {value}" for name, value in given.items())
+    if codec is not None:
+        noise = ", and the noise that they leave over" if codec.noise else ""
+        print(f"network: {size}{changed}: {codec.vectors.shape[1]} principal components of the images{noise}")
+        return generator
+    patch, grid = generator.network.patch_size, generator.network.grid_size
+    print(f"network: {size}{changed}: {grid}x{grid} patches of {patch} pixels")
+    if patch >= 8 and generator.prediction == "velocity":
+        print(f'patches of {patch} pixels learn the velocity badly: PREDICTION = "image" is made for them')
     return generator
 
 
@@ -271,7 +300,7 @@ def validation_loss(
     index = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:most]
     total = 0.0
     for some in index.split(BATCH_SIZE):
-        x = generator.encode(diffusion_transforms(dataset.read(some)).to(generator.device))
+        x = generator.encode(flow.to_network_range(dataset.read(some)).to(generator.device))
         noise = torch.randn(x.shape, generator=random, device=generator.device)
         t = flow.draw_times(len(x), TIME_SAMPLING, random, TIME_MEDIAN, TIME_WIDTH)
         labels = dataset.labels[some].to(generator.device)
@@ -301,7 +330,7 @@ def write_samples(output: Path, epoch: int, generator: Generator) -> None:
     folder = output / "dit_conditional_npy" / f"sample_epoch_{epoch}"
     folder.mkdir(parents=True, exist_ok=True)
     for label, of_class in enumerate(by_class.values()):
-        for i, image in enumerate(of_class):
+        for i, image in enumerate(generator.scaling.undo(torch.from_numpy(of_class)).numpy()):
             np.save(folder / f"class_{label}_sample_{i}.npy", image[0] if len(image) == 1 else image)
 
 
