@@ -92,9 +92,17 @@ def _lens(row: dict[str, Any], recipe: Recipe) -> tuple[list[str], list[float], 
     if row["class"] == "no":
         return ["SIE"], [recipe.z_lens], [{"sigma_v": row["sigma_v"], "e1": 0.0, "e2": 0.0}]
     population = _populations(recipe)[row["class"]]
+    _forget_truncation()
     np.random.set_state(np.random.MT19937(row["halo_seed"]).state)  # noqa: NPY002 (pyHalo draws from NumPy's own)
     haloes, redshifts, parameters, _ = population().lensing_quantities()
     return ["SIE", "SHEAR", *haloes], [recipe.z_lens] * 2 + list(redshifts), [*_MAIN_LENS, *parameters]
+
+
+def _forget_truncation() -> None:
+    """Takes back what pyHalo keeps of earlier haloes: a table that grows, whose interpolation later ones depend on."""
+    from pyHalo.Halos.galacticus_truncation import transfer_function_density_profile as module
+
+    module.x_min, module.x_max, module.Mass_table_Initialized = 1e-6, 1e4, False  # as when it is imported
 
 
 @cache
@@ -109,8 +117,6 @@ def _populations(recipe: Recipe) -> dict[str, Callable[[], Any]]:
     universe = cosmology(recipe)
     universe = {"H0": universe.H0.value, "Om0": universe.Om0, "Ob0": universe.Ob0}
     cold = partial(CDM, recipe.z_lens, recipe.z_source, kwargs_cosmo=universe)
-    # Its first haloes in a process differ by a billionth from all later ones
-    cold(cone_opening_angle_arcsec=0.5).lensing_quantities()
     # Without the fluctuations of the main halo, for which pyHalo must be told where the images lie
     axion = partial(ULDM, recipe.z_lens, recipe.z_source, _AXION_MASS, flucs=False, kwargs_cosmo=universe)
     return {"cdm": partial(cold, cone_opening_angle_arcsec=_CONE), "axion": axion}
