@@ -145,7 +145,7 @@ class NpyDataset(Dataset):
         records = self._records[other._keep]
         other.files = records["file"].tolist()
         other.labels = torch.tensor([self.class_to_idx[name] for name in records["class"].tolist()], dtype=torch.long)
-        other.low, other.high, other.values = (records[name] for name in ("low", "high", "values"))
+        other.low, other.high, other.values = (records[name].copy() for name in ("low", "high", "values"))
         other.axion_mass = other.values[:, 0].copy()
         scales = records["pixel_scale"][np.isfinite(records["pixel_scale"])]
         other.pixel_scale = float(np.median(scales)) if len(scales) else None

@@ -15,6 +15,7 @@ import nanodit_path  # noqa: F401
 from files import whole
 from settings import InputError
 
+_SOFTENING = 0.05  # brightness of colours above which they are shown on a logarithmic scale
 _FORMATS = ("png", "pdf", "svg", "jpg")
 own_style = style.context("default")  # decorates what draws: a matplotlibrc must not change the pictures of a run
 
@@ -24,8 +25,7 @@ def image_grid(rows: dict[str, np.ndarray], title: str = "", signed: Collection[
     """Rows of lens images, each with its name to the left.
 
     Args:
-        rows: name of each row and its images, (n, h, w) or (n, c, h, w) in [0, 1]; three channels are shown as red,
-            green and blue, other numbers of them as their mean.
+        rows: name of each row and its images, (n, h, w) or (n, c, h, w) in [0, 1]; see ``stretched``.
         signed: names of rows that hold differences of images; they are shown from -0.05 to 0.05.
     """
     columns = max(len(images) for images in rows.values())
@@ -41,10 +41,27 @@ def image_grid(rows: dict[str, np.ndarray], title: str = "", signed: Collection[
             shown = {"cmap": "RdBu_r", "vmin": -0.05, "vmax": 0.05}
         for axis, image in zip(axes_of_row, images, strict=False):
             channels = np.asarray(image).reshape(-1, *image.shape[-2:])
-            in_color = len(channels) == 3 and name not in signed
-            axis.imshow(np.moveaxis(channels, 0, 2) if in_color else channels.mean(0), origin="lower", **shown)
+            axis.imshow(channels.mean(0) if name in signed else stretched(channels), origin="lower", **shown)
     figure.suptitle(_literal(title))
     return figure
+
+
+def stretched(channels: np.ndarray) -> np.ndarray:
+    """An image (c, h, w) in [0, 1] as it is shown: (h, w), or (h, w, 3) of three channels, red, green and blue.
+
+    Its sky is dark, by one standard deviation of the noise. Colours are brightened by asinh, which keeps their ratios
+    (Lupton et al. 2004, astro-ph/0312483); other numbers of channels are shown as their mean.
+    """
+    light = channels if len(channels) == 3 else channels.mean(0, keepdims=True)
+    sky = np.median(light, (1, 2), keepdims=True)
+    noise = 1.4826 * np.median(np.abs(light - sky), (1, 2), keepdims=True)
+    light = np.clip((light - sky + noise) / (1 - sky + noise).clip(1e-6), 0, 1)
+    if len(light) == 1:
+        return light[0]
+    mean = light.mean(0).clip(1e-6)
+    softening = max(3 * noise.mean(), _SOFTENING)
+    brightened = np.arcsinh(mean / softening) / np.arcsinh(1 / softening) / mean
+    return np.moveaxis(light * brightened, 0, 2).clip(0, 1)
 
 
 @own_style

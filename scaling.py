@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 KINDS = ("image", "set", "asinh")
-_SOFTENING = 1e-3  # least softening of "asinh", as a share of the range
+_SOFTENING = 1e-4  # least softening of "asinh", as a share of the range
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,30 @@ def test_names_of_folders_are_shown_as_they_are(tmp_path):
 @pytest.mark.parametrize(("channels", "shown"), [(1, (8, 8)), (2, (8, 8)), (3, (8, 8, 3)), (5, (8, 8))])
 def test_three_channels_are_shown_in_colour_and_others_as_their_mean(channels, shown):
     images = np.random.default_rng(0).random((2, channels, 8, 8))
+    images[..., :5] = 0  # a dark sky
     figure = plots.image_grid({"a": images, "difference": images - 0.5}, signed={"difference"})
     image, _, difference, _ = (axes.images[0].get_array() for axes in figure.axes)
     assert image.shape == shown
-    np.testing.assert_allclose(image, np.moveaxis(images[0], 0, 2) if channels == 3 else images[0].mean(0))
+    if channels == 3:
+        faint = np.moveaxis(0.1 * images[0], 0, 2)
+        shown_faint = plots.stretched(0.1 * images[0])
+        assert (shown_faint[..., 5:, :] > 2 * faint[..., 5:, :]).all()  # faint light is brightened
+        np.testing.assert_allclose(
+            shown_faint[0, 5:, 0] / shown_faint[0, 5:, 1], (faint[..., 0] / faint[..., 1])[0, 5:]
+        )
+        assert image.max() <= 1
+    else:
+        np.testing.assert_allclose(image, images[0].mean(0))
     np.testing.assert_allclose(difference, images[0].mean(0) - 0.5, atol=1e-12)
+
+
+def test_a_noisy_sky_is_dark_and_not_grey():
+    random = np.random.default_rng(0)
+    noisy = 0.3 + 0.05 * random.standard_normal((1, 64, 64))
+    noisy[0, 30, 30] = 1
+    shown = plots.stretched(noisy)
+    assert np.median(shown) == pytest.approx(0.05 / 0.75, abs=0.01)  # one standard deviation of the noise
+    assert shown[30, 30] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("classes", [("lens",), ("a$b", "c$d"), tuple("abcdefghij")])

@@ -12,7 +12,7 @@ from conftest import ROOT
 import settings
 from models import flow
 from models.checkpoint import load_checkpoint
-from models.generator import build_untrained
+from models.generator import build_untrained, of_today
 from simulate.recipes import MODEL_II
 from train.recipes import RECIPES
 
@@ -112,7 +112,8 @@ def test_a_file_of_weights_has_the_recipe_that_makes_it(path):
         assert content["image_size"] == script["IMAGE_SIZE"]
         return
     model = build_untrained(script["MODEL_SIZE"], MODEL_II.classes, MODEL_II.image_shape)
-    assert {name: content[name] for name in model.description()} == model.description()
+    today = of_today(content)
+    assert {name: today[name] for name in model.description()} == model.description()
     names = ("NUM_ODE_STEPS", "CFG_SCALE", "SOLVER", "TIME_GRID", "TOLERANCE")
     assert content["sampler"] == asdict(flow.Sampler(*(script[name] for name in names)))
     assert content["epoch"] == script["EPOCHS"]

@@ -14,7 +14,7 @@ from models.classifier import load_classifier
 from models.generator import SIZES, generate_image, load_model
 from scaling import Scaling
 
-COUNT = 60  # images a class
+COUNT = 80  # images a class
 
 
 def images_of(classes: tuple[str, ...], shape: tuple[int, ...], flux: float = 100) -> dict[str, np.ndarray]:
@@ -131,7 +131,7 @@ def test_any_kind_of_data_is_no_edit(kind, tmp_path, undrawn, monkeypatch, capsy
         assert load_classifier(classifier).classes == classes
         capsys.readouterr()
         run_script("evaluate/evaluate_classify.py", "--npy_path", data, "--model_path", classifier)
-        assert ("Accuracy on" in capsys.readouterr().out) == (kind != "images.npy and labels.npy")
+        assert f"Accuracy on {classes[-1]}: " in capsys.readouterr().out
     else:
         classifier = "weights/resnet18_lens.safetensors"  # its features alone
         with pytest.raises(SystemExit, match="2"):
@@ -150,11 +150,11 @@ def test_any_kind_of_data_is_no_edit(kind, tmp_path, undrawn, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("kind", ["set", "asinh"])
-@pytest.mark.parametrize("size", ["NanoDiT-S/16", "ComponentMLP-512"])
-def test_flux_comes_back_in_the_unit_of_the_data(kind, size, tmp_path, undrawn, monkeypatch):
+def test_flux_comes_back_in_the_unit_of_the_data(kind, tmp_path, undrawn, monkeypatch):
     """Images of fluxes from 500 to 1500 are generated with such ones, however few epochs are trained."""
     images = images_of(("a", "b"), (1, 32, 32), flux=1000)
     class_folders(tmp_path / "data", images)
+    size = "ComponentMLP-512"
     monkeypatch.setitem(SIZES, size, SIZES[size] | {"hidden_size": 24, "depth": 1})
     flags = ["--model_size", size, "--scaling", kind, "--data_dir", tmp_path / "data", "--epochs", 30]
     run_script("train/train_diffusion.py", "--recipe", "first_look", *flags, "--sample_interval", 30,

@@ -57,11 +57,11 @@ def main() -> None:
     reading = {"on_bad_file": ON_BAD_FILE, "on_missing_class": ON_MISSING_CLASS, "cache_dir": CACHE_DIR}
     parts = load_parts(DATA_DIR, "train", "val", "test", **reading)
     train, val, test = (part.to(device) for part in parts)
-    if len(train) < BATCH_SIZE:
-        raise InputError(f"--batch_size {BATCH_SIZE} is more than the {len(train)} training images of {DATA_DIR}", 2)
     if len(train.classes) == 1:
         advice = "evaluation takes the features of a classifier of other images then, such as those of weights/"
         raise InputError(f"{DATA_DIR} has one class, {train.classes[0]}: there is nothing to tell apart; {advice}", 2)
+    if len(train) < BATCH_SIZE:
+        raise InputError(f"--batch_size {BATCH_SIZE} is more than the {len(train)} training images of {DATA_DIR}", 2)
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     channels, classes = train.image_shape[0], train.classes

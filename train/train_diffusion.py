@@ -253,15 +253,20 @@ def prepare_generator(images: NpyDataset) -> Generator:
     except TypeError:  # an argument that its class does not have
         raise InputError(f"no such network: {size} has not all of {', '.join(given)}", 2) from None
     changed = "".join(f", but {name} {value}" for name, value in given.items())
-    if codec is not None:
-        noise = ", and the noise that they leave over" if codec.noise else ""
-        print(f"network: {size}{changed}: {codec.vectors.shape[1]} principal components of the images{noise}")
-        return generator
-    patch, grid = generator.network.patch_size, generator.network.grid_size
-    print(f"network: {size}{changed}: {grid}x{grid} patches of {patch} pixels")
-    if patch >= 8 and generator.prediction == "velocity":
-        print(f'patches of {patch} pixels learn the velocity badly: PREDICTION = "image" is made for them')
+    print(f"network: {size}{changed}: {in_words(generator)}")
+    if getattr(generator.network, "patch_size", 0) >= 8 and generator.prediction == "velocity":
+        print('patches so large learn the velocity badly: PREDICTION = "image" is made for them')
     return generator
+
+
+def in_words(generator: Generator) -> str:
+    """How the network sees an image."""
+    if generator.codec is not None:
+        noise = ", and the noise that they leave over" if generator.codec.noise else ""
+        return f"{generator.codec.vectors.shape[1]} principal components of the images{noise}"
+    if patch := getattr(generator.network, "patch_size", None):
+        return "{0}x{0} patches of {1} pixels".format(math.ceil(generator.image_shape[-1] / patch), patch)
+    return f"images of {generator.image_shape}"
 
 
 def start_from(path: str, wanted: dict[str, Any], images: NpyDataset) -> Generator:
