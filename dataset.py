@@ -78,6 +78,7 @@ class NpyDataset(Dataset):
         classes: names of the labels 0, 1, ...
         image_shape: (c, s, s).
         scaling: of the images, may be set before they are read; see ``Scaling``.
+        keeps_flux: whether brightness in the unit of the files is compared with that of other images.
         images: (n, c, s, s) float32, scaled to [0, 1], by its own minimum and maximum each unless ``scaling`` says
             otherwise; read when first used.
         labels: (n,) int64, index into ``classes``.
@@ -93,7 +94,7 @@ class NpyDataset(Dataset):
         InputError: for a folder without classes, with bad files, or with no image of a class in the split.
     """
 
-    scaling = Scaling()
+    scaling, keeps_flux = Scaling(), False
 
     def __init__(
         self,
@@ -370,11 +371,15 @@ def _sources(root: Path) -> list[_Source]:
     """Class folders of a folder, of its split folders or of the two side by side; or, without any, files of images.
 
     Raises:
-        InputError: for a split folder that holds nothing of what the others hold.
+        InputError: for a split folder that holds nothing of what the others hold, or that has other folders beside it.
     """
     folders = _folders(root)
-    if folders and _SPLITS.keys() >= {*folders}:
-        places = [_Source(root / name, f"{name}/", "", _SPLITS[name]) for name in folders]
+    splits = [name for name in folders if name.lower() in _SPLITS]
+    others = [name for name in folders if name not in splits]
+    if splits and others and all(_folders(root / name) for name in splits):
+        raise InputError(f"{root}: {', '.join(splits)} are splits; move {', '.join(others)} away from beside them", 2)
+    if splits and not others:
+        places = [_Source(root / name, f"{name}/", "", _SPLITS[name.lower()]) for name in folders]
         found = _in_places(places)
         for place in places:
             if not any(source.name.startswith(place.name) for source in found):
@@ -420,6 +425,7 @@ def _files_of(places: list[_Source]) -> list[_Source]:
         if is_image_file(name) and not is_table(place.path / name)
     ]
     if labelled := [file._replace(of=None) for file in files if read_labels(file.path) is not None]:
+        _say_left_out({file.path for file in files} - {file.path for file in labelled}, "as no labels.npy is of them")
         return labelled
     stacks = [is_stack(file.path) for file in files] if len(files) <= _MOST_STACKS else []
     if True not in stacks:
@@ -429,6 +435,11 @@ def _files_of(places: list[_Source]) -> list[_Source]:
         advice = "put the files of each class into a folder of its own"
         raise InputError(f"{one.path} is one image, and {stack.path} is a stack of images: {advice}", 2)
     return [file._replace(of=stem_of(file.path.name)) for file in files]
+
+
+def _say_left_out(paths: Iterable[Path], why: str) -> None:
+    if paths := sorted(paths):
+        print(f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: left out, {why}")
 
 
 def is_class_name(name: Any) -> bool:
@@ -540,7 +551,7 @@ class _Reading:
         title = f"{len(self.problems)} bad {'images' if stacks else 'files'} of {total} in {self.root}:"
         report = "\n  ".join((title, *lines))
         if self.on_bad_file == "raise" or not self.rows:
-            raise InputError(report + '\nremove or mend them, or set ON_BAD_FILE = "skip"')
+            raise InputError(report + "\nremove or mend them, or go on without them: --on_bad_file skip")
         print(report + "\nskipped")
 
 
@@ -579,6 +590,10 @@ def _list_files(root: Path, sources: list[_Source], classes: tuple[str, ...]) ->
     listing = []
     if any(source.name.startswith("../") for source in sources):
         print(f"{os.path.abspath(root)}_test: its images are the test images of {root}")
+    for folder in {source.path.parent for source in sources if source.path.is_dir()}:
+        loose = [folder / name for name in os.listdir(folder) if is_image_file(name)]
+        loose = [path for path in loose if len(loose) > _MOST_STACKS or not is_table(path)]
+        _say_left_out(loose, "as the folders beside hold the classes")
     for source in sources:
         if source.of is None:
             listing.append(source._replace(state=(*_state(source.path), *_state(source.path.with_name("labels.npy")))))

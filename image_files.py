@@ -129,7 +129,7 @@ def read_stack(path: str | Path, count: int | None = None) -> Iterator[LensImage
 def is_stack(path: str | Path) -> bool | None:
     """Whether a file is a stack of images, or one; None when it is neither."""
     with suppress(InputError), _naming(path), _opened(path) as array:
-        return count_images(array.shape) is not None
+        return count_images(array.shape) not in (None, 1)  # of one image, as radio telescopes write it, it is no stack
     return None
 
 

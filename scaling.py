@@ -20,8 +20,9 @@ class Scaling:
     for images of high contrast.
 
     Args:
-        low, high: what becomes 0 and 1, in the unit of the data; of "set" and "asinh".
-        softening: brightness where "asinh" turns from linear to logarithmic, in the unit of the data above ``low``.
+        low, high: what becomes 0 and 1, in the unit of the data: the sky, and the peak of all but the brightest images;
+            of "set" and "asinh".
+        softening: brightness above the sky where "asinh" turns from linear to logarithmic, that of the noise.
     """
 
     kind: Literal["image", "set", "asinh"] = "image"
@@ -35,13 +36,14 @@ class Scaling:
 
     @classmethod
     def of(cls, kind: str, images: Tensor, low: Tensor, high: Tensor) -> "Scaling":
-        """The scaling of a set of images (n, c, s, s) that fill [0, 1] each, of minima and maxima (n,)."""
+        """The scaling of a kind for images (n, c, s, s) that fill [0, 1] each, and their minima and maxima (n,)."""
         if kind == "image":
             return cls()
-        faintest, brightest = low.median().item(), high.quantile(0.99).item()
-        pixels = _in_unit(images, low, high).flatten()
-        noise = 1.4826 * (pixels - pixels.median()).abs().median().item()  # of a Gaussian sky
-        return cls(kind, faintest, brightest, max(noise, _SOFTENING * (brightest - faintest)))
+        pixels = _in_unit(images, low, high).flatten(1)
+        sky = pixels.median(1).values
+        noise = 1.4826 * (pixels - sky[:, None]).abs().median(1).values.median().item()  # of a Gaussian sky
+        sky, brightest = sky.median().item(), high.quantile(0.99).item()
+        return cls(kind, sky, brightest, max(noise, _SOFTENING * (brightest - sky)))
 
     def apply(self, images: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Images (n, c, s, s) that fill [0, 1] each, of minima and maxima (n,), to scaled ones."""

@@ -31,6 +31,9 @@ OUTPUT_DIR: str = "generated_npy"  # Where generated images go, and _compared be
 REPORT_DIR: str = "evaluation"  # Where report.html and report.json go
 FIGURE_PATH: str = "evaluation/lenses.png"  # Picture of real and generated lenses
 PIXEL_SCALE: Positive | None = None  # Arcsec a pixel; None takes it from FITS headers or the recipe, or else has pixels
+KEEPS_FLUX: bool | None = (
+    None  # Compares sky, peak and flux in the unit of the files, too; None where a checkpoint does
+)
 CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
     "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/component_mlp.safetensors"
 )
@@ -88,9 +91,9 @@ def main() -> None:
     count = min(count, *(fewest(dataset) for dataset, _ in samples))  # bad images may have been skipped
     if count < 3:
         raise InputError("fewer than 3 sound images of a class to score")
-    scaling = Scaling(**samples[0][1].get("scaling", {}))
-    for dataset in (real, train, *(dataset for dataset, _ in samples)):
-        dataset.scaling, dataset.pixel_scale = scaling, PIXEL_SCALE or real.pixel_scale
+    real.pixel_scale = PIXEL_SCALE or real.pixel_scale
+    kept = any(Scaling(**source.get("scaling", {})).keeps_flux for _, source in samples)
+    real.keeps_flux = kept if KEEPS_FLUX is None else KEEPS_FLUX
     with distributed.main_first():
         inception = load_inception(INCEPTION_WEIGHTS_PATH, device)
     for space, features in {"lens": classifier.fc.in_features, "Inception": 2048 if inception else 0}.items():
@@ -181,8 +184,11 @@ def prepare(model: Generator, checkpoint: str, output: str) -> tuple[Generator, 
 def generate(model: Generator, folder: Path, source: dict[str, Any], count: int) -> tuple[NpyDataset, dict[str, Any]]:
     """Images 0 to count - 1 of each class, and how they were made."""
     generated_folder.generate_to_folder(model, folder, count, source, BATCH_SIZE)
-    with distributed.main_first():
-        dataset = NpyDataset(folder, None, "all", ON_BAD_FILE, classes=model.classes)
+    try:
+        with distributed.main_first():
+            dataset = NpyDataset(folder, None, "all", ON_BAD_FILE, classes=model.classes)
+    except InputError as error:
+        raise InputError(f"{source['checkpoint']} draws images that are none: train it longer\n{error}") from None
     return dataset.only(generated_folder.numbered(count, model.classes)), source
 
 

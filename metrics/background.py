@@ -34,6 +34,8 @@ class Lenses:
     fingerprint: str = ""
     cache_dir: Path = Path()
     root_dir: Path = Path("simulated")
+    pixel_scale: float | None = None
+    keeps_flux: bool = False
     classes: tuple[str, ...] = MODEL_II.classes
     image_shape: tuple[int, int, int] = MODEL_II.image_shape
 

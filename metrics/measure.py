@@ -88,6 +88,9 @@ def measure(
             "thumbnail": thumbnails_of(images),
             **physics.describe(images, pixel_scale),
         }
+        if (real or dataset).keeps_flux:
+            low, high = (torch.from_numpy(values[index[part].numpy()]) for values in (dataset.low, dataset.high))
+            row |= physics.describe_flux(images, low, high)
         if recipe and recipe.lens_equation:
             row |= _lens_equation(images)
         if inception is not None:
@@ -133,7 +136,7 @@ def measure_cached(
     name: str, dataset: NpyDataset, index: Tensor, classifier: nn.Module, inception: nn.Module | None, batch_size: int
 ) -> Measured:
     """``measure``, kept in the dataset's cache under a name until its files, ``index`` or a network change."""
-    how = dataset.scaling, scale_of(dataset), recipe_of(*origin_of(dataset))
+    how = dataset.keeps_flux, scale_of(dataset), recipe_of(*origin_of(dataset))
     state = hashlib.sha256(repr((_VERSION, dataset.fingerprint, dataset.classes, how, index.tolist())).encode())
     for network in filter(None, (classifier, inception)):
         for weights in network.state_dict().values():

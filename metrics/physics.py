@@ -42,6 +42,13 @@ def titles(size: int, unit: str) -> dict[str, str]:
     }
 
 
+FLUX_TITLES = {
+    "sky": "Sky, W1 in the unit of the files",
+    "peak": "Peak, W1 in the unit of the files",
+    "flux": "Flux above the sky, W1 in the unit of the files",
+}
+
+
 def radial_profile(images: Tensor) -> Tensor:
     """Mean brightness at each distance from the centre, (n, s // 2), in rings one pixel wide."""
     size = images.shape[-1]
@@ -101,6 +108,15 @@ def describe(images: Tensor, pixel_scale: float = 1.0) -> dict[str, Tensor]:
         "knot_count": knots.sum((1, 2, 3)).float(),
         "knot_angle": torch.atan2(y_axis.flatten()[brightest], x_axis.flatten()[brightest]) % (2 * math.pi),
     }
+
+
+def describe_flux(images: Tensor, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+    """Sky, peak and flux above the sky, (n,) each in the unit of the files, of images from ``low`` to ``high`` (n,)
+    there."""
+    pixels = images.flatten(1).double() * (high - low)[:, None] + low[:, None]
+    sky = pixels.median(1).values
+    found = {"sky": sky, "peak": high, "flux": (pixels - sky[:, None]).sum(1)}
+    return {name: value.float() for name, value in found.items()}
 
 
 @cache

@@ -89,7 +89,8 @@ def titles_of(dataset: NpyDataset) -> dict[str, str]:
     size, (_, unit) = dataset.image_shape[-1], scale_of(dataset)
     bands = physics.bands(size).items()
     residuals = {f"residual_{band}": f"Lens residual, {low}-{high} cycles, W1" for band, (low, high) in bands}
-    return TITLES | {"lens_residual": "Residual of the lens equation, W1"} | physics.titles(size, unit) | residuals
+    titles = TITLES | {"lens_residual": "Residual of the lens equation, W1"} | physics.titles(size, unit) | residuals
+    return titles | physics.FLUX_TITLES if dataset.keeps_flux else titles
 
 
 def compare(real: Measured, other: Measured, train: Measured, titles: dict[str, str]) -> dict[str, float]:
@@ -151,7 +152,10 @@ def check_match(data: NpyDataset, others: dict[str, Any]) -> None:
         shape = getattr(other, "image_shape", None) or (other.channels, *data.image_shape[1:])
         for ours, theirs in zip(_words(data.classes, data.image_shape), _words(other.classes, shape), strict=True):
             if ours != theirs:
-                raise InputError(f"{path} is of {theirs}, but {data.root_dir} of {ours}: they do not go together", 2)
+                advice = "train/train_classifier.py makes one of these" if hasattr(other, "channels") else ""
+                raise InputError(
+                    f"{path} is of {theirs}, but {data.root_dir} of {ours}: {advice or 'they do not go together'}", 2
+                )
 
 
 def _words(classes: Sequence[str], shape: Sequence[int]) -> tuple[str, str]:

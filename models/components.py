@@ -22,6 +22,7 @@ _FAINTEST = 0.2  # of the brightest component: with less, the bright ones are le
 # What components leave over is noise, and not faint structure, when it is more than this share of the light, and when
 # more than this share of its power is there at the highest frequencies (from a share of the largest on) or in the sky
 _NOISY, _WHITE, _HIGHEST = 0.02, 0.1, 0.8
+EXTRA = 2  # coefficients of a noisy image beside those of its components
 _LEADING, _OCTAVES = 5, 4  # components that the network also sees as Fourier features, and wavelengths of each
 
 
@@ -29,8 +30,9 @@ class PrincipalComponents(nn.Module):
     """Codec between images and coefficients of their first principal components.
 
     The vectors are orthonormal, so Gaussian noise in pixels is Gaussian noise in coefficients, and the flow is the same
-    in both. Noise of the images themselves is more than components can hold: its level in an image is one more
-    coefficient, and what the components leave over is drawn anew by a ``NoiseLaw``.
+    in both. Noise of the images themselves is more than components can hold: what they leave over is drawn anew by a
+    ``NoiseLaw``, and two more coefficients are how noisy an image is and how bright its brightest pixel, by which all
+    others are scaled.
 
     Args:
         image_shape: (c, h, w).
@@ -40,7 +42,7 @@ class PrincipalComponents(nn.Module):
 
     Attributes:
         config: of the arguments, what does not follow from the network.
-        standard_deviation: of each coefficient over the training images, (size,), or (size + 1,) with the noise level.
+        standard_deviation: of each coefficient over the training images, (size,), or (size + EXTRA,) of noisy ones.
     """
 
     def __init__(self, image_shape: tuple[int, ...], size: int, noisy: bool = False, keeps_flux: bool = False):
@@ -52,11 +54,11 @@ class PrincipalComponents(nn.Module):
             raise ValueError(f"{pixels} numbers of an image have fewer than {size} principal components")
         self.mean = nn.Parameter(torch.zeros(pixels), requires_grad=False)
         self.vectors = nn.Parameter(torch.zeros(pixels, size), requires_grad=False)
-        self.standard_deviation = nn.Parameter(torch.ones(size + noisy), requires_grad=False)
+        self.standard_deviation = nn.Parameter(torch.ones(size + EXTRA * noisy), requires_grad=False)
         # Root mean square of the light of all images, where it is not scaled to the same in each
         self.brightness = nn.Parameter(torch.tensor(1.0), requires_grad=False) if keeps_flux else None
-        # Mean and deviation of the logarithm of the noise level
-        self.level = nn.Parameter(torch.tensor([0.0, 1.0]), requires_grad=False) if noisy else None
+        # Mean and deviation of the logarithms of noise level and brightest pixel
+        self.extra = nn.Parameter(torch.tensor([[0.0, 0.0], [1.0, 1.0]]), requires_grad=False) if noisy else None
         self.noise = NoiseLaw(image_shape) if noisy else None
 
     @classmethod
@@ -94,23 +96,25 @@ class PrincipalComponents(nn.Module):
 
     def _fit_noise(self, light: Tensor, left: Tensor) -> None:
         """Sets noise law and noise level by light (n, pixels) and what the components leave over of it."""
-        level = noise_level(left).log()
-        self.level.copy_(torch.stack([level.mean(), level.std().clamp_min(1e-3)]))
-        self.standard_deviation[-1] = self.standard_deviation[0]  # as important as the brightest component
-        # ``decode`` takes noise within the components off the smooth part: so here, with noise of a random sign
+        extra = _extra(light, left)
+        self.extra.copy_(torch.stack([extra.mean(0), extra.std(0).clamp_min(1e-3)]))
+        self.standard_deviation[-EXTRA:] = self.standard_deviation[0]  # as important as the brightest component
+        # ``decode`` draws noise around a smooth part that it takes that noise's own components off. The law is learned
+        # around the same: noise like that of the image, of random signs, stands for the noise that will be drawn
+        share = self.vectors.square().sum(1).clamp_max(0.95)
         sign = torch.randint(2, left.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        smooth = light - left - (sign * left) @ self.vectors @ self.vectors.T
-        self.noise.fit(self._as_images(light), self._as_images(smooth), level.exp())
+        smooth = light - left - (sign * left / (1 - share).sqrt()) @ self.vectors @ self.vectors.T
+        self.noise.fit(self._as_images(light), self._as_images(smooth), noise_level(left))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) in [-1, 1] to coefficients (n, size), or (n, size + 1) with the noise level."""
-        light = _light(images, self.brightness) - self.mean
-        coefficients = light @ self.vectors
+        """Images (n, c, h, w) in [-1, 1] to coefficients (n, size), or (n, size + EXTRA) of noisy ones."""
+        light = _light(images, self.brightness)
+        coefficients = (light - self.mean) @ self.vectors
         if self.noise is None:
             return coefficients
-        level = noise_level(light - coefficients @ self.vectors.T).log()
-        level = (level - self.level[0]) / self.level[1] * self.standard_deviation[-1]
-        return torch.cat([coefficients, level[:, None]], 1)
+        mean, deviation = self.extra
+        extra = _extra(light, light - self.mean - coefficients @ self.vectors.T)
+        return torch.cat([coefficients, (extra - mean) / deviation * self.standard_deviation[-EXTRA:]], 1)
 
     def decode(self, coefficients: Tensor, white: Tensor | None = None) -> Tensor:
         """Coefficients to images (n, c, h, w), each of which fills [0, 1] unless flux is kept.
@@ -120,13 +124,16 @@ class PrincipalComponents(nn.Module):
         """
         smooth = F.linear(coefficients[:, : self.vectors.shape[1]], self.vectors, self.mean)
         if self.noise is None:
-            light = self._as_images(smooth).clamp_min(0)
+            light = self._as_images(smooth)
+            light = light.clamp_min(0) if self.brightness is None else light
         else:
-            level = (coefficients[:, -1] / self.standard_deviation[-1] * self.level[1] + self.level[0]).exp()
+            mean, deviation = self.extra
+            extra = coefficients[:, -EXTRA:] / self.standard_deviation[-EXTRA:] * deviation + mean
+            level, peak = extra.exp().unbind(1)
             noise = self.noise.draw(self._as_images(smooth), level, white).flatten(1) - smooth
             # The coefficients hold the noise within the components already: it is taken off, not to come twice
             smooth = smooth - noise @ self.vectors @ self.vectors.T
-            light = self.noise.draw(self._as_images(smooth), level, white)
+            light = _with_peak(self.noise.draw(self._as_images(smooth), level, white), peak)
         return normalize(light) if self.brightness is None else light * (self.brightness / _light_of(light.shape) / 2)
 
     def _as_images(self, light: Tensor) -> Tensor:
@@ -136,6 +143,18 @@ class PrincipalComponents(nn.Module):
         """Errors of coefficients over their standard deviation, with ``_FAINTEST`` of the largest one as a floor."""
         deviation = self.standard_deviation
         return errors / (deviation.square() + (_FAINTEST * deviation[0]).square()).sqrt()
+
+
+def _extra(light: Tensor, left: Tensor) -> Tensor:
+    """Logarithms of the noise level and of the brightest pixel, (n, EXTRA), of light (n, pixels) of which components
+    leave ``left`` over."""
+    return torch.stack([noise_level(left), light.amax(1)], 1).clamp_min(1e-6).log()
+
+
+def _with_peak(light: Tensor, peak: Tensor) -> Tensor:
+    """Light (n, c, h, w) whose brightest pixel is as bright as ``peak`` (n,) says."""
+    flat = light.flatten(1).minimum(peak[:, None])
+    return flat.scatter(1, light.flatten(1).argmax(1, keepdim=True), peak[:, None]).view_as(light)
 
 
 def _brightness(images: Tensor) -> Tensor:

@@ -316,8 +316,8 @@ def to_network_range(images: Tensor) -> Tensor:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Images in the range of the network, [-1, 1], to [0, 1]."""
-    return (images + 1) / 2
+    """Images in the range of the network, [-1, 1], to [0, 1]; what lies outside is clipped."""
+    return ((images + 1) / 2).clamp(0, 1)
 
 
 def _per_image(t: Tensor, like: Tensor) -> Tensor:

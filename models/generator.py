@@ -19,7 +19,7 @@ import settings
 from dataset import are_classes, is_image_shape
 from models import flow
 from models.checkpoint import generator_weights, load_checkpoint, load_weights, plain_names
-from models.components import ComponentMLP, PrincipalComponents, without_attention
+from models.components import EXTRA, ComponentMLP, PrincipalComponents, without_attention
 from models.model import NanoDiT
 from scaling import Scaling
 from settings import Count, Guidance, InputError, Interval, Steps, Whole, checked
@@ -33,7 +33,7 @@ def _component_mlp(
     image_shape: tuple[int, ...], noisy: bool = False, keeps_flux: bool = False, **config: Any
 ) -> tuple[nn.Module, nn.Module]:
     network = ComponentMLP(**config)
-    return network, PrincipalComponents(image_shape, network.sample_shape[0] - noisy, noisy, keeps_flux)
+    return network, PrincipalComponents(image_shape, network.sample_shape[0] - EXTRA * noisy, noisy, keeps_flux)
 
 
 NETWORKS = {"NanoDiT": _nanodit, "ComponentMLP": _component_mlp}  # each gives the network and its codec, or None
@@ -193,8 +193,7 @@ class Generator(nn.Module):
         """(n, *sample_shape) to images (n, c, h, w) in [0, 1], or about that where flux is kept."""
         if self.codec is not None:
             return self.codec.decode(z)
-        images = flow.to_unit_range(z)
-        return images if self.scaling.keeps_flux else images.clamp(0, 1)
+        return (z + 1) / 2 if self.scaling.keeps_flux else flow.to_unit_range(z)
 
     def objective(self, network: flow.Velocity, x: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """``flow.objective`` of a network in this one's place, on (n, *sample_shape)."""

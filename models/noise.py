@@ -30,11 +30,9 @@ class NoiseLaw(nn.Module):
         self.amplitude = nn.Parameter(torch.ones(c, h, w // 2 + 1), requires_grad=False)  # of the field's waves
 
     def fit(self, images: Tensor, smooth: Tensor, level: Tensor) -> None:
-        """Sets the law by images (n, c, h, w), their smooth parts and their noise levels (n,)."""
+        """Learns the law from images (n, c, h, w), their smooth parts (n, c, h, w) and their noise levels (n,)."""
         images, smooth, level = images[:_IMAGES], smooth[:_IMAGES], level[:_IMAGES]
-        self.level_ends.copy_(
-            torch.stack([*level.quantile(torch.tensor([0.01, 0.99])).log().add(torch.tensor([0, 1e-3]))])
-        )
+        self.level_ends.copy_(level.quantile(torch.tensor([0.01, 0.99])).log() + torch.tensor([0, 1e-3]))
         brightness = _brightness(smooth, level)
         ends = brightness.movedim(1, 0).flatten(1)
         self.brightness_ends.copy_(torch.stack([ends.amin(1), ends.amax(1) + 1e-3], 1))
@@ -51,13 +49,13 @@ class NoiseLaw(nn.Module):
         self.amplitude.copy_((waves / waves.mean((1, 2), keepdim=True)).sqrt()[..., : self.amplitude.shape[-1]])
 
     def draw(self, smooth: Tensor, level: Tensor, white: Tensor) -> Tensor:
-        """Images (n, c, h, w) around smooth parts (n, c, h, w), of noise levels (n,), from white Gaussian noise."""
-        return self._pixels(
-            smooth, level, torch.fft.irfft2(torch.fft.rfft2(white) * self.amplitude, s=white.shape[-2:])
-        )
+        """Noisy images (n, c, h, w) of smooth parts (n, c, h, w) and noise levels (n,), made from white Gaussian noise
+        (n, c, h, w)."""
+        scores = torch.fft.irfft2(torch.fft.rfft2(white) * self.amplitude, s=white.shape[-2:])
+        return self._pixels(smooth, level, scores)
 
     def _pixels(self, smooth: Tensor, level: Tensor, scores: Tensor) -> Tensor:
-        """Quantiles of normal scores (n, c, h, w)."""
+        """Pixels (n, c, h, w) that lie in their distribution as normal scores (n, c, h, w) do in theirs."""
         at_level, at_brightness = self._knots(_brightness(smooth, level), level)
         place = [
             scores / _FARTHEST,
@@ -78,7 +76,11 @@ class NoiseLaw(nn.Module):
         return at_level.clamp(0, _LEVELS - 1), at_brightness.clamp(0, _BRIGHTNESSES - 1)
 
     def _scores_of(self, images: Tensor, smooth: Tensor, level: Tensor) -> Tensor:
-        """Normal scores of pixels: random ones between the knots around them, or of the knots that have their value."""
+        """Normal scores (n, c, h, w) of pixels, the inverse of ``_pixels``.
+
+        A pixel lies between two knots of the law, or on several of one value, such as 0 in a clipped sky. Its score is
+        a random one of those that it can have.
+        """
         knots = torch.linspace(-_FARTHEST, _FARTHEST, _SCORES)
         values = torch.stack([self._pixels(smooth, level, torch.full_like(smooth, score)) for score in knots])
         below, upto = (values < images).sum(0), (values <= images).sum(0)
@@ -98,17 +100,19 @@ def _brightness(smooth: Tensor, level: Tensor) -> Tensor:
 
 
 def _quantiles(values: Tensor, bins: Tensor, brightness: Tensor) -> Tensor:
-    """Quantiles of values (...) in each bin, (levels, brightnesses, scores); bins of few are as the nearest one of
-    many, but for their own ``brightness``."""
+    """Quantiles of values (...) in each bin, (levels, brightnesses, scores).
+
+    A bin of few values takes those of the nearest one of many, shifted by as much as its ``brightness`` is larger.
+    """
     scores = torch.linspace(-_FARTHEST, _FARTHEST, _SCORES)
     order = torch.argsort(bins.flatten(), stable=True)
     counts = torch.bincount(bins.flatten(), minlength=_LEVELS * _BRIGHTNESSES)
-    found = torch.zeros(len(counts), _SCORES)
+    found, fewest = torch.zeros(len(counts), _SCORES), min(_FEWEST, int(counts.max()))
     for number, of_bin in enumerate(values.flatten()[order].split(counts.tolist())):
-        if len(of_bin) >= _FEWEST:
+        if len(of_bin) >= fewest:
             found[number] = _normal_quantiles(of_bin.sort().values, scores)
     found, counts = found.view(_LEVELS, _BRIGHTNESSES, _SCORES), counts.view(_LEVELS, _BRIGHTNESSES)
-    filled = torch.nonzero(counts >= _FEWEST)
+    filled = torch.nonzero(counts >= fewest)
     at = torch.cartesian_prod(torch.arange(_LEVELS), torch.arange(_BRIGHTNESSES))
     distance = torch.cdist(at * torch.tensor([2.0, 1.0]), filled * torch.tensor([2.0, 1.0]))
     level, nearest = filled[distance.argmin(1)].T
@@ -117,9 +121,9 @@ def _quantiles(values: Tensor, bins: Tensor, brightness: Tensor) -> Tensor:
 
 
 def _normal_quantiles(ordered: Tensor, scores: Tensor) -> Tensor:
-    """Quantiles of ordered values at normal scores; a straight line goes on where fewer than ``_TAIL`` values lie
-    beyond."""
-    last = torch.special.ndtri(torch.tensor(1 - _TAIL / len(ordered), dtype=torch.float64))
+    """Quantiles of ordered values at normal scores, continued as a straight line where fewer than ``_TAIL`` values
+    lie beyond."""
+    last = torch.special.ndtri(torch.tensor(max(1 - _TAIL / len(ordered), 0.6), dtype=torch.float64))
     inner = torch.stack([-last, -last + 0.5, last - 0.5, last])
 
     def at(scores: Tensor) -> Tensor:

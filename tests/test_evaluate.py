@@ -613,7 +613,8 @@ def test_a_folder_of_other_classes_or_sizes_than_the_checkpoint_is_refused(flags
         run_script("evaluate/evaluate_fld.py", *flags, "--data_dir", data_copy)
     assert stopped.value.code == 2
     of = f"of the classes {', '.join((*CLASSES, 'wdm'))}" if size == 64 else "of images of 32x32 pixels in 1 channel(s)"
-    assert f"{data_copy} {of}: they do not go together" in capsys.readouterr().err
+    advice = "train/train_classifier.py makes one of these" if size == 64 else "they do not go together"
+    assert f"{data_copy} {of}: {advice}" in capsys.readouterr().err
     assert not (tmp_path / "generated_npy").exists()
 
 

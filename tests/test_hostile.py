@@ -150,7 +150,7 @@ def test_all_bad_files_are_named_by_training_and_by_classification(
     flags = ["--data_dir", data_copy, "--output_dir", output]
     lines = one_line(capsys, "train/train_diffusion.py", *TINY_TRAINING, *flags)[-len(rows) - 2 :]
     assert lines[0] == f"{len(rows)} bad files of 144 in {data_copy}:"
-    assert lines[-1] == 'remove or mend them, or set ON_BAD_FILE = "skip"'
+    assert lines[-1] == "remove or mend them, or go on without them: --on_bad_file skip"
     named = dict(line.strip().split(": ", 1) for line in lines[1:-1])
     assert not output.exists()
 

@@ -583,3 +583,36 @@ def test_images_to_score_may_be_of_any_layout(tmp_path, monkeypatch):
         InputError, match=r"nothing to score: no \.npy, \.npz or FITS files in axion/; it holds 2 \.npy f"
     ):
         evaluate_fld.open_folder_or_checkpoint(str(tmp_path / "theirs"), ("axion", "no"))
+
+
+def test_what_is_left_out_beside_classes_or_labels_is_said(tmp_path, capsys):
+    for name in ("a/0.npy", "a/1.npy", "b/0.npy", "loose1.npy", "loose2.npy"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.save(tmp_path / name, some_images(1)[0, 0])
+    assert len(NpyDataset(tmp_path)) == 3
+    assert "loose1.npy and 1 more: left out, as the folders beside hold the classes" in capsys.readouterr().out
+    np.save(tmp_path / "a" / "images.npy", some_images(4)[:, 0])
+    np.save(tmp_path / "a" / "labels.npy", np.array(["x", "y", "x", "y"]))
+    assert find_classes(tmp_path / "a") == ("x", "y")
+    assert "0.npy and 1 more: left out, as no labels.npy is of them" in capsys.readouterr().out
+
+
+def test_splits_are_seen_in_any_case_and_what_is_in_their_way_is_named(tmp_path):
+    for split in ("Train", "Val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            np.save(tmp_path / split / name / "0.npy", some_images(1)[0, 0])
+    data = NpyDataset(tmp_path)
+    assert data.classes == ("a", "b")
+    assert data.part("val").files == ["Val/a/0.npy", "Val/b/0.npy"]
+    (tmp_path / "plots").mkdir()
+    with pytest.raises(InputError, match="Train, Val are splits; move plots away"):
+        NpyDataset(tmp_path)
+
+
+def test_files_with_a_leading_axis_of_one_are_images_and_no_stacks(tmp_path):
+    """As radio telescopes write them: (1, 1, s, s)."""
+    for k in range(5):
+        fits.PrimaryHDU(some_images(1)[:1].astype("f4")).writeto(tmp_path / f"{k}.fits")
+    data = NpyDataset(tmp_path)
+    assert (data.classes, len(data)) == (("images",), 5)

@@ -76,14 +76,14 @@ def test_the_noise_level_of_an_image_is_a_coefficient(kind):
     images = normalize(noise_of(kind, light, seed=1))
     codec = PrincipalComponents.fitted(2 * images - 1, 16)
     coefficients = codec.encode(2 * images - 1)
-    assert coefficients.shape[1] == len(codec.standard_deviation) == 17
-    assert coefficients[:, -1].std() == pytest.approx(codec.standard_deviation[-1].item(), rel=0.01)
+    assert coefficients.shape[1] == len(codec.standard_deviation) == 18
+    torch.testing.assert_close(coefficients[:, 16:].std(0), codec.standard_deviation[16:], rtol=0.01, atol=0)
     quiet, loud = (
         coefficients[:64].index_fill(1, torch.tensor(16), at * codec.standard_deviation[-1]) for at in (-1, 1)
     )
     white = torch.randn(64, 1, SIZE, SIZE)
     ratio = codec.decode(loud, white)[:, :, :4].std() / codec.decode(quiet, white)[:, :, :4].std()
-    assert ratio == pytest.approx((2 * codec.level[1]).exp().item(), rel=0.25)
+    assert ratio == pytest.approx((2 * codec.extra[1, 0]).exp().item(), rel=0.25)
 
 
 def test_noise_within_the_components_does_not_come_twice(codec_and_images):
@@ -126,7 +126,7 @@ def test_every_channel_has_noise_of_its_own():
 def test_a_noisy_image_depends_on_seed_and_number_alone():
     images = diffusion_transforms(noise_of("clipped", smooth_images(300), seed=1))
     codec = PrincipalComponents.fitted(images, 8)
-    network = ComponentMLP(9, hidden_size=16).eval()
+    network = ComponentMLP(10, hidden_size=16).eval()
     network.standard_deviation.copy_(codec.standard_deviation)
     model = Generator(network, LENSES, (1, SIZE, SIZE), "image", codec).eval()
     labels = torch.tensor([0, 1, 2, 0, 1])
@@ -135,3 +135,24 @@ def test_a_noisy_image_depends_on_seed_and_number_alone():
     torch.testing.assert_close(model.generate(labels[2:], seed=3, first=2), images[2:])
     assert not torch.allclose(model.generate(labels, seed=4), images, atol=0.1)
     assert (images[0] - images[3]).std() > 0.02
+
+
+def test_the_brightest_pixel_is_a_coefficient_too(codec_and_images):
+    """So that no image is brighter than real ones because its noise is scaled by another peak."""
+    codec, images = codec_and_images
+    coefficients = codec.encode(2 * images - 1)
+    light = _light(2 * images - 1)
+    deviation = codec.standard_deviation[-1]
+    expected = (light.amax(1).log() - codec.extra[0, 1]) / codec.extra[1, 1] * deviation
+    torch.testing.assert_close(coefficients[:, -1], expected)
+    again = codec.decode(coefficients, torch.randn(images.shape))
+    torch.testing.assert_close(_light(2 * again - 1).amax(1), light.amax(1), rtol=0.02, atol=0)
+    assert again.mean() == pytest.approx(images.mean().item(), rel=0.01)
+
+
+@pytest.mark.parametrize("count", [2, 60])
+def test_few_small_images_have_noise_too(count):
+    images = normalize(torch.rand(count, 1, 8, 8))
+    codec = PrincipalComponents.fitted(2 * images - 1, 512)
+    white = [torch.randn(images.shape)] if codec.noise else []
+    assert codec.decode(codec.encode(2 * images - 1), *white).isfinite().all()

@@ -139,3 +139,15 @@ def test_nothing_fits_noise():
     noise = torch.rand(50, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     for images in (noise, normalize(torch.erfinv(noise * 2 - 1).clamp(-3, 3))):
         assert not fits(images, fit_smooth_lens(images)[1]).any()
+
+
+def test_flux_is_that_of_the_files():
+    """Of images of a sky of 100 with a square of 9 pixels of 50 above it, written as they are scaled."""
+    raw = torch.full((2, 1, 16, 16), 100.0)
+    raw[:, :, 4:7, 4:7] += torch.tensor([50.0, 80.0]).view(2, 1, 1, 1)
+    low, high = raw.amin((1, 2, 3)).double(), raw.amax((1, 2, 3)).double()
+    scaled = (raw - 100) / (high - 100).view(-1, 1, 1, 1)
+    found = physics.describe_flux(scaled.float(), low, high)
+    assert found["sky"].tolist() == [100, 100]
+    assert found["peak"].tolist() == [150, 180]
+    assert found["flux"].tolist() == pytest.approx([450, 720])

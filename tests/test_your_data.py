@@ -194,3 +194,46 @@ def test_a_scaling_is_undone_by_its_inverse(kind, tmp_path):
     if kind == "asinh":
         above = np.arcsinh(above * (scaling.high - scaling.low) / 3) / np.arcsinh((scaling.high - scaling.low) / 3)
     np.testing.assert_allclose(scaled, above, atol=0.02)
+
+
+def test_flux_is_compared_where_it_is_kept(tmp_path, undrawn, monkeypatch, capsys):
+    """Images five times as bright are told from their own by flux alone, which a flag can ask for, too."""
+    images = images_of(("a", "b"), (1, 24, 24))
+    class_folders(tmp_path / "data", images)
+    class_folders(tmp_path / "brighter", {name: 5 * of + 1000 for name, of in images.items()})
+    monkeypatch.setattr("metrics.two_sample._STEPS", 5)
+    monkeypatch.setattr("metrics.report.write_html", lambda *args: None)
+    monkeypatch.setattr("metrics.score.check_match", lambda *args: None)
+    flags = ["--data_dir", tmp_path / "data", "--generated_dir", tmp_path / "brighter", "--num_splits", 2]
+    flags += ["--report_dir", tmp_path, "--figure_path", tmp_path / "l.png"]
+    flags += ["--classifier_path", "weights/resnet18_lens.safetensors"]
+    for keeps in ("false", "true"):
+        run_script("evaluate/evaluate_fld.py", *flags, "--keeps_flux", keeps)
+        metrics = json.loads((tmp_path / "report.json").read_text())["metrics"]
+        assert ("flux" in metrics) == (keeps == "true")
+        assert metrics["ring_radius"]["a"]["value"] < 3 * metrics["ring_radius"]["a"]["floor"]
+    assert metrics["peak"]["a"]["value"] > 10 * metrics["peak"]["a"]["floor"]
+    assert metrics["sky"]["overall"]["value"] == pytest.approx(1000, rel=0.2)
+
+
+@pytest.mark.parametrize("size", ["NanoDiT-S/16", "ComponentMLP-512"])
+def test_a_run_goes_on_when_images_were_added(size, tmp_path, undrawn, monkeypatch, capsys):
+    """Its scaling and its components stay as they were."""
+    images = images_of(("a", "b"), (1, 24, 24))
+    class_folders(tmp_path / "data", {name: of[:60] for name, of in images.items()})
+    monkeypatch.setitem(SIZES, size, SIZES[size] | {"hidden_size": 24, "depth": 1})
+    flags = ["--recipe", "first_look", "--model_size", size, "--scaling", "set", "--data_dir", tmp_path / "data"]
+    flags += ["--output_dir", tmp_path / "run"]
+    run_script("train/train_diffusion.py", *flags, "--epochs", 1)
+    path = tmp_path / "run" / "dit_conditional_ckpts" / "dit_conditional_final.pt"
+    before = load_model(path, "cpu")
+    class_folders(tmp_path / "data", {name: 3 * of for name, of in images.items()})
+    run_script("train/train_diffusion.py", *flags, "--epochs", 2)
+    assert "is at epoch 1" in capsys.readouterr().out
+    after = load_model(path, "cpu")
+    assert after.scaling == before.scaling
+    if before.codec:
+        assert torch.equal(after.codec.vectors, before.codec.vectors)
+    with pytest.raises(SystemExit):
+        run_script("train/train_diffusion.py", *flags, "--epochs", 3, "--scaling", "asinh")
+    assert "the generator to go on with takes images with --scaling set" in capsys.readouterr().err

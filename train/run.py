@@ -54,9 +54,7 @@ class Run:
         script: ``globals()`` of the script, with OUTPUT_DIR, EPOCHS, BATCH_SIZE, RESUME and CHECKPOINT_SAVE_MINUTES.
         checkpoints: their folder in OUTPUT_DIR and the beginning of their names, which go on with step_{n}.pt within an
             epoch and epoch_{n}.pt or final.pt after one.
-        images: that are trained on.
         device: that checkpoints are loaded to.
-        content: what its checkpoints say of the network; one to go on from must say the same.
         today: brings the content of older checkpoints into today's form.
 
     Attributes:
@@ -77,23 +75,41 @@ class Run:
         self,
         script: dict[str, Any],
         checkpoints: str,
-        images: NpyDataset,
         device: torch.device | str,
-        content: dict[str, Any],
         today: Callable[[dict[str, Any]], dict[str, Any]] = lambda content: content,
     ):
         self.settings, self.script = settings.constants(script), Path(script["__file__"]).stem
-        self.output, self.data, self.device = Path(script["OUTPUT_DIR"]), images.identity, device
+        self.output, self.device = Path(script["OUTPUT_DIR"]), device
         self.folder, self.prefix = self.output / Path(checkpoints).parent, Path(checkpoints).name
-        self.steps_per_epoch, self.epochs = math.ceil(len(images) / script["BATCH_SIZE"]), script["EPOCHS"]
+        self.batch_size, self.epochs = script["BATCH_SIZE"], script["EPOCHS"]
         self.resume, self.seconds = script["RESUME"], 60 * script["CHECKPOINT_SAVE_MINUTES"]
         self.saved, self.untrained, self.rate = time.monotonic(), math.inf, "LEARNING_RATE"
-        self.content, self.today = content, today
+        self.today = today
         with distributed.main_first():
             if distributed.is_main():
                 hold(self.output)
         self.newest, self.state = None, None
         self._find()
+
+    def begin(self, images: NpyDataset, content: dict[str, Any]) -> None:
+        """Makes OUTPUT_DIR ready for a run on these images.
+
+        Args:
+            content: what its checkpoints say of the network; one to go on from must say the same.
+
+        Raises:
+            InputError: when it does not.
+        """
+        self.content, self.data = content, images.identity
+        self.steps_per_epoch = math.ceil(len(images) / self.batch_size)
+        for name, value in content.items() if self.state else ():
+            if self.state.get(name) != value:
+                what = "network" if name == "model_config" else name.replace("_", " ")
+                raise InputError(f"{self.found} is of another {what}: choose another --output_dir for this one")
+        if self.found != self.newest or self.state is None:
+            distributed.gather(None)  # all have read it
+            if distributed.is_main():
+                self._begin_anew()
         self.origin = self.newest
         state = self.state or {"history": [], "epoch": 0, "step_in_epoch": 0}
         self.run = state.get("run") or distributed.from_main(secrets.token_hex(4))
@@ -246,44 +262,36 @@ class Run:
         tqdm.write(f"saved {self.newest}")
 
     def _find(self) -> None:
-        """Finds the checkpoint to go on from; where that is not the newest one, sets an earlier run's files aside."""
-        resume = self.resume
+        """Finds the checkpoint to go on from, ``found``, and the place where it is to be, ``newest``."""
+        self.found, resume = None, self.resume
         if any(int(os.environ.get(count) or 0) for count in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
             resume = "auto"  # torchrun or SLURM has started the same run again
         if resume == "auto":
             self._find_newest()
+            self.found = self.newest
         elif resume != "never":
             resume = resume if Path(resume).exists() else str(ROOT / resume)  # as written in a script
             if not Path(resume).exists():
                 raise InputError(
                     f'RESUME {self.resume!r} is neither "auto" nor "never" nor the path of a checkpoint', 2
                 )
-            self.state = load_checkpoint(resume, self.device)
+            self.found, self.state = resume, load_checkpoint(resume, self.device)
             name = Path(resume).name
             self.newest = self.folder / name if self._is_of_a_run(name) else self._path("step_0")
-        if self.state is not None:
-            self._check_origin(resume if resume != "auto" else self.newest)
-        if resume != "auto" or self.state is None:
-            distributed.gather(None)  # all have read it
-            if distributed.is_main():
-                self._begin_anew(resume)
-
-    def _check_origin(self, path: Path | str) -> None:
-        """Raises InputError for a checkpoint that this script did not write, or of another network."""
+        if self.state is None:
+            return
         if not self.state.keys() >= _NEEDED:
-            raise InputError(f"{path} holds no state to go on from: --start_path begins with its weights elsewhere")
+            raise InputError(
+                f"{self.found} holds no state to go on from: --start_path begins with its weights elsewhere"
+            )
         writer = self.state.get("script", self.script)  # older versions did not say
         if writer != self.script:
-            raise InputError(f"{path} is of train/{writer}.py: choose another --output_dir, or checkpoint")
+            raise InputError(f"{self.found} is of train/{writer}.py: choose another --output_dir, or checkpoint")
         self.state = self.today(self.state)
-        for name, value in self.content.items():
-            if self.state.get(name) != value:
-                what = "network" if name == "model_config" else name.replace("_", " ")
-                raise InputError(f"{path} is of another {what}: choose another --output_dir for this one")
 
-    def _begin_anew(self, resume: str) -> None:
+    def _begin_anew(self) -> None:
         """Moves an earlier run's files to a folder of their own, and copies the checkpoint to go on from, if any."""
-        content = Path(resume).read_bytes() if self.newest else b""
+        content = Path(self.found).read_bytes() if self.newest else b""
         set_aside(self.output, [path for pattern in _OF_A_RUN for path in self.output.glob(pattern)])
         if self.newest:
             with whole(self.newest, sync=True) as file:

@@ -61,13 +61,15 @@ def main() -> None:
         advice = "evaluation takes the features of a classifier of other images then, such as those of weights/"
         raise InputError(f"{DATA_DIR} has one class, {train.classes[0]}: there is nothing to tell apart; {advice}", 2)
     if len(train) < BATCH_SIZE:
-        raise InputError(f"--batch_size {BATCH_SIZE} is more than the {len(train)} training images of {DATA_DIR}", 2)
+        what = f"--batch_size {BATCH_SIZE} is more than the {len(train)} training images of {DATA_DIR}"
+        raise InputError(f"{what}: take --batch_size {max(1, len(train) // 4)}, or add images", 2)
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     channels, classes = train.image_shape[0], train.classes
     model = build_classifier(IMAGE_SIZE, classes, channels)
     told = {"image_size": IMAGE_SIZE, "classes": list(classes), "channels": channels}
-    run = Run(globals(), "classifier_ckpts/resnet18", train, device, dict(told), lambda content: told | content)
+    run = Run(globals(), "classifier_ckpts/resnet18", device, lambda content: told | content)
+    run.begin(train, dict(told))
     print(f"Training on {device}")
     pretrained = run.state["pretrained"] if run.state else PRETRAINED and load_imagenet_weights(model)
     run.content |= {"pretrained": pretrained}

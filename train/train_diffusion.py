@@ -90,7 +90,7 @@ DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU w
 WORTH_STARTING_HOURS: Positive = 168.0  # A run estimated to take longer is announced with the size that would not
 
 _VALIDATION_IMAGES = 512  # enough to tell the best checkpoint
-_FITTED_IMAGES = 8192  # at most, that principal components are fitted to
+_FITTED_BYTES = 2**29  # of images, at most, that principal components are fitted to
 
 
 def main() -> None:
@@ -101,12 +101,13 @@ def main() -> None:
     check_settings(len(images))
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
-    images.scaling = validation.scaling = choose_scaling(images)
+    run = Run(globals(), "dit_conditional_ckpts/dit_conditional", device, of_today)
+    before = generator_before(run)
+    images.scaling = validation.scaling = choose_scaling(images, before)
     images.images = flow.to_network_range(images.images)  # once and for all epochs
-    generator = prepare_generator(images)
+    generator = prepare_generator(images, before)
+    run.begin(images, generator.description())
     network = generator.to(device).network
-    content = generator.description()
-    run = Run(globals(), "dit_conditional_ckpts/dit_conditional", images, device, content, of_today)
     guidance = CFG_SCALE if len(images.classes) > 1 else 1.0  # of one class, there is nothing to be truer to
     generator.sampler = flow.Sampler(NUM_ODE_STEPS, guidance, SOLVER, TIME_GRID, TOLERANCE)
     run.content |= {"sampler": asdict(generator.sampler)}
@@ -126,7 +127,7 @@ def main() -> None:
         network.compile(dynamic=False)  # batches have two sizes at most
     trained = distributed.data_parallel(network)
     if codec:  # once for all epochs, in every orientation
-        parts = [turned(part, *way) for way in SYMMETRIES[AUGMENT] for part in images.images.split(4096)]
+        parts = (turned(part, *way) for way in SYMMETRIES[AUGMENT] for part in images.images.split(4096))
         images.images = torch.cat([generator.encode(part.to(device)).cpu() for part in parts])
     images.to(device)
     averaged = generator.with_network(ema.ema_model)
@@ -190,7 +191,9 @@ def check_settings(num_images: int) -> None:
         InputError: that names them.
     """
     if num_images < BATCH_SIZE:
-        raise InputError(f"--batch_size {BATCH_SIZE} is more than the {num_images} training images of {DATA_DIR}", 2)
+        fewer = f"take --batch_size {max(1, num_images // 4)}"
+        what = f"--batch_size {BATCH_SIZE} is more than the {num_images} training images of {DATA_DIR}"
+        raise InputError(f"{what}: {fewer}, or add images", 2)
     steps_per_epoch = math.ceil(num_images / BATCH_SIZE)
     if num_images // steps_per_epoch < distributed.size() * ACCUMULATE_STEPS:
         raise InputError(
@@ -210,24 +213,33 @@ def check_settings(num_images: int) -> None:
         raise InputError(f"MIN_LEARNING_RATE {MIN_LEARNING_RATE:g} is more than LEARNING_RATE {LEARNING_RATE:g}", 2)
 
 
-def choose_scaling(images: NpyDataset) -> scaling.Scaling:
-    """The scaling of the generator at START_PATH, or else that of SCALING for these images.
+def generator_before(run: Run) -> Generator | None:
+    """The generator that a run goes on with, or that at START_PATH, or None."""
+    if run.state:
+        return build_generator(run.state, run.found)
+    return build_generator(load_checkpoint(START_PATH), START_PATH) if START_PATH else None
+
+
+def choose_scaling(images: NpyDataset, before: Generator | None) -> scaling.Scaling:
+    """SCALING for these images, or that of a generator to go on with.
 
     Raises:
-        InputError: when the first is not of SCALING.
+        InputError: when that one is of another kind.
     """
-    if START_PATH:
-        found = build_generator(load_checkpoint(START_PATH), START_PATH).scaling
-        if found.kind != SCALING:
-            raise InputError(f"{START_PATH} takes its images with --scaling {found.kind}", 2)
-        return found
+    if before:
+        if before.scaling.kind != SCALING:
+            raise InputError(f"the generator to go on with takes images with --scaling {before.scaling.kind}", 2)
+        return before.scaling
     some = some_of_each_class(images.labels, 200)
     low, high = (torch.from_numpy(values[some]) for values in (images.low, images.high))
     return scaling.Scaling.of(SCALING, images.read(some), low, high)
 
 
-def prepare_generator(images: NpyDataset) -> Generator:
+def prepare_generator(images: NpyDataset, before: Generator | None) -> Generator:
     """The generator of MODEL_SIZE and of the constants that are set beside it, or that of START_PATH with its weights.
+
+    Args:
+        before: a generator to go on with, whose principal components stay.
 
     Raises:
         InputError: for a network that cannot be, or is not that of START_PATH.
@@ -235,12 +247,14 @@ def prepare_generator(images: NpyDataset) -> Generator:
     sizes = {"patch_size": PATCH_SIZE, "hidden_size": LATENT_DIM, "depth": MODEL_DEPTH, "num_heads": MODEL_HEADS}
     given = {name: value for name, value in (sizes | {"prediction": PREDICTION}).items() if value is not None}
     if START_PATH:
-        return start_from(START_PATH, (SIZES[MODEL_SIZE] if MODEL_SIZE else {}) | given, images)
+        return start_from(before, (SIZES[MODEL_SIZE] if MODEL_SIZE else {}) | given, images)
     size = MODEL_SIZE or "NanoDiT-B/2"
     changes, codec = dict(given), None
     if components := SIZES[size].get("components"):
-        some = some_of_all(images.images, AUGMENT, _FITTED_IMAGES)
-        codec = distributed.from_main(PrincipalComponents.fitted(some, components, images.scaling.keeps_flux))
+        codec = before.codec if before else None
+        if codec is None:
+            some = some_of_all(images.images, AUGMENT, min(8192, _FITTED_BYTES // images.images[0].nbytes))
+            codec = distributed.from_main(PrincipalComponents.fitted(some, components, images.scaling.keeps_flux))
         changes |= {"components": len(codec.standard_deviation)} | codec.config
     try:
         generator = build_untrained(size, images.classes, images.image_shape, **changes)
@@ -269,21 +283,20 @@ def in_words(generator: Generator) -> str:
     return f"images of {generator.image_shape}"
 
 
-def start_from(path: str, wanted: dict[str, Any], images: NpyDataset) -> Generator:
-    """The generator of a checkpoint, to be trained further.
+def start_from(generator: Generator, wanted: dict[str, Any], images: NpyDataset) -> Generator:
+    """The generator at START_PATH, to be trained further.
 
     Raises:
         InputError: when it is not as ``wanted``, or is of other classes or images.
     """
-    generator = build_generator(load_checkpoint(path), path)
     known = generator.description()
     known |= known["model_config"]
     if other := [f"{name} {value}" for name, value in wanted.items() if known.get(name) != value]:
-        raise InputError(f"{path} is of another network, not of {', '.join(other)}: leave that to it", 2)
+        raise InputError(f"{START_PATH} is of another network, not of {', '.join(other)}: leave that to it", 2)
     if (generator.classes, generator.image_shape) != (images.classes, images.image_shape):
         here, there = (f"{', '.join(of.classes)} in {of.image_shape}" for of in (images, generator))
-        raise InputError(f"{path} is of {there}, {DATA_DIR} of {here}", 2)
-    print(f"network: that of {path}")
+        raise InputError(f"{START_PATH} is of {there}, {DATA_DIR} of {here}", 2)
+    print(f"network: that of {START_PATH}")
     return generator
 
 
