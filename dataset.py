@@ -425,7 +425,8 @@ def _files_of(places: list[_Source]) -> list[_Source]:
         if is_image_file(name) and not is_table(place.path / name)
     ]
     if labelled := [file._replace(of=None) for file in files if read_labels(file.path) is not None]:
-        _say_left_out({file.path for file in files} - {file.path for file in labelled}, "as no labels.npy is of them")
+        known = {path for file in labelled for path in (file.path, file.path.with_name("labels.npy"))}
+        _say_left_out({file.path for file in files} - known, "as no labels.npy is of them")
         return labelled
     stacks = [is_stack(file.path) for file in files] if len(files) <= _MOST_STACKS else []
     if True not in stacks:

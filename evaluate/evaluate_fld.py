@@ -31,9 +31,7 @@ OUTPUT_DIR: str = "generated_npy"  # Where generated images go, and _compared be
 REPORT_DIR: str = "evaluation"  # Where report.html and report.json go
 FIGURE_PATH: str = "evaluation/lenses.png"  # Picture of real and generated lenses
 PIXEL_SCALE: Positive | None = None  # Arcsec a pixel; None takes it from FITS headers or the recipe, or else has pixels
-KEEPS_FLUX: bool | None = (
-    None  # Compares sky, peak and flux in the unit of the files, too; None where a checkpoint does
-)
+KEEPS_FLUX: bool | None = None  # Compares sky, peak and flux in the unit of the files, too; None as the checkpoint does
 CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
     "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/component_mlp.safetensors"
 )

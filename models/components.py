@@ -133,7 +133,7 @@ class PrincipalComponents(nn.Module):
             noise = self.noise.draw(self._as_images(smooth), level, white).flatten(1) - smooth
             # The coefficients hold the noise within the components already: it is taken off, not to come twice
             smooth = smooth - noise @ self.vectors @ self.vectors.T
-            light = _with_peak(self.noise.draw(self._as_images(smooth), level, white), peak)
+            light = _between(self.noise.draw(self._as_images(smooth), level, white), self.brightness is None, peak)
         return normalize(light) if self.brightness is None else light * (self.brightness / _light_of(light.shape) / 2)
 
     def _as_images(self, light: Tensor) -> Tensor:
@@ -151,10 +151,12 @@ def _extra(light: Tensor, left: Tensor) -> Tensor:
     return torch.stack([noise_level(left), light.amax(1)], 1).clamp_min(1e-6).log()
 
 
-def _with_peak(light: Tensor, peak: Tensor) -> Tensor:
-    """Light (n, c, h, w) whose brightest pixel is as bright as ``peak`` (n,) says."""
-    flat = light.flatten(1).minimum(peak[:, None])
-    return flat.scatter(1, light.flatten(1).argmax(1, keepdim=True), peak[:, None]).view_as(light)
+def _between(light: Tensor, from_zero: bool, peak: Tensor) -> Tensor:
+    """Light (n, c, h, w) whose brightest pixel is as bright as ``peak`` (n,) says, and whose faintest one is 0 where
+    images are scaled by these two."""
+    flat = light.flatten(1)
+    found = flat.minimum(peak[:, None]).scatter(1, flat.argmax(1, keepdim=True), peak[:, None])
+    return (found.scatter(1, flat.argmin(1, keepdim=True), 0.0) if from_zero else found).view_as(light)
 
 
 def _brightness(images: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-_LOGIT_ENDS = (0.9, 0.03)  # first and last time between 1 and 0 of the grid "logit"
+_FIRST, _LAST = 0.9, 0.03  # first and last time between 1 and 0 of the grid "logit"
 _T_FLOOR = 0.05  # times below it weigh less in the loss of a clean-image prediction
 
 
@@ -110,15 +110,15 @@ def guided(velocity: Velocity, null_label: int, scale: float, interval: tuple[fl
     return velocity_with_guidance
 
 
-def time_grid(steps: int, name: str = "uniform") -> list[float]:
+def time_grid(steps: int, name: str = "uniform", last: float = _LAST) -> list[float]:
     """Times from 1 to 0.
 
     "uniform"; "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends; or "logit", where after the
     first step the signal-to-noise ratio (1 - t) / t grows by the same factor each time (arXiv:2206.00927).
     """
     if name == "logit":
-        first, last = map(_log_snr, _LOGIT_ENDS)
-        inner = (first + (last - first) * i / max(1, steps - 2) for i in range(steps - 1))
+        first, end = _log_snr(_FIRST), _log_snr(last)
+        inner = (first + (end - first) * i / max(1, steps - 2) for i in range(steps - 1))
         return [1.0, *(1 / (1 + math.exp(log_snr)) for log_snr in inner), 0.0]
     if name == "cosine":
         return [math.sin(math.pi / 2 * i / steps) ** 2 for i in range(steps, -1, -1)]
@@ -127,7 +127,7 @@ def time_grid(steps: int, name: str = "uniform") -> list[float]:
 
 def evaluation_times(sampler: "Sampler", first_is_free: bool) -> list[float]:
     """Grid of a sampler; where the first step takes no evaluation, from its end on, with one more step after it."""
-    return time_grid(sampler.steps + first_is_free, sampler.grid)[first_is_free:]
+    return time_grid(sampler.steps + first_is_free, sampler.grid, sampler.last)[first_is_free:]
 
 
 def deviation(standard_deviation: Tensor, t: Tensor) -> Tensor:
@@ -221,6 +221,7 @@ class Sampler:
         grid: of the times, see ``time_grid``.
         tolerance: None, or by how much of its norm an image may differ from the one predicted a step before; any other
             is made again, from the same noise, in twice as many steps (error control as in arXiv:2105.14080).
+        last: last time before 0 of the grid "logit". What is fainter than it is lost: noise of the images, too.
 
     Raises:
         ValueError: for what cannot be.
@@ -231,9 +232,11 @@ class Sampler:
     solver: str = "euler"
     grid: str = "uniform"
     tolerance: float | None = None
+    last: float = _LAST
 
     def __post_init__(self):
         known = self.solver in SOLVERS and self.grid in TIME_GRIDS
+        known &= 0 < self.last < _FIRST
         known &= self.tolerance is None or 0 <= self.tolerance < math.inf
         if not (known and isinstance(self.steps, int) and 0 < self.steps <= 10_000 and 0 <= self.cfg_scale < math.inf):
             raise ValueError(f"no such sampler: {self}")

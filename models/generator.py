@@ -211,7 +211,7 @@ def build_untrained(size: str, classes: tuple[str, ...], image_shape: tuple[int,
     """
     config = SIZES[size] | changes
     if "patch_size" in config and "patch_size" not in changes:
-        patch = config["patch_size"]
+        patch = min(config["patch_size"], image_shape[-1])
         config["patch_size"] = next((p for p in range(patch, 2 * patch + 1) if image_shape[-1] % p == 0), patch)
     return _assemble(config.pop("network"), config, config.pop("prediction"), classes, image_shape)
 

@@ -123,5 +123,5 @@ def test_the_batch_size_reaches_both_rates(monkeypatch, tmp_path, capsys):
     assert "generating: 20 images/s" in out
     assert "training: 2 images/s" in out
     with pytest.raises(SystemExit):
-        run_script("evaluate/estimate_cost.py", "--model_size", "NanoDiT-S/16", "--image_size", 40)
+        run_script("evaluate/estimate_cost.py", "--model_size", "NanoDiT-S/16", "--image_size", 300)
     assert "no such network" in capsys.readouterr().err

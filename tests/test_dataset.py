@@ -363,7 +363,7 @@ def test_all_bad_files_are_reported_at_once_before_anything_else(data_copy, caps
     (data_copy / "cdm" / "1.npy").write_text("text")
     with pytest.raises(InputError) as raised:
         NpyDataset(data_copy)
-    for part in ("2 bad files of 144", "axion/0.npy: is empty", "cdm/1.npy: is not a .npy file", "ON_BAD_FILE"):
+    for part in ("2 bad files of 144", "axion/0.npy: is empty", "cdm/1.npy: is not a .npy file", "--on_bad_file skip"):
         assert part in str(raised.value)
     assert len(NpyDataset(data_copy, on_bad_file="skip")) == 142
     assert "axion/0.npy: is empty" in capsys.readouterr().out

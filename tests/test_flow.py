@@ -342,3 +342,16 @@ def test_seeds_share_no_images():
 
 def test_images_are_clipped_to_0_1():
     assert flow.to_unit_range(torch.tensor([-3.0, -1, 0, 1, 2])).tolist() == [0, 0, 0.5, 1, 1]
+
+
+@pytest.mark.parametrize(("last", "kept"), [(0.03, 0.58), (0.005, 0.98)])
+def test_what_is_fainter_than_the_last_time_is_lost(last, kept):
+    """Of Gaussian data of standard deviation s, the variance that the last step leaves is s^2 / (s^2 + t^2) of it."""
+    deviation = 0.035
+    velocity = gaussian_velocity(0.0, deviation)
+    sampler = flow.Sampler(40, 1.0, "multistep", "logit", last=last)
+    noise, labels = torch.randn(20000, 1, 1, 1), torch.zeros(20000, dtype=torch.long)
+    images = flow.SOLVERS["multistep"](velocity, noise, labels, flow.evaluation_times(sampler, False))
+    assert images.var() / deviation**2 == pytest.approx(kept, abs=0.03)
+    with pytest.raises(ValueError, match="no such sampler"):
+        flow.Sampler(last=0.95)

@@ -163,6 +163,7 @@ def test_patches_that_do_not_tile_an_image_see_nothing_beyond_it():
         ("NanoDiT-S/8", 128, 8),
         ("NanoDiT-S/8", 101, 8),
         ("NanoDiT-S/16", 150, 25),
+        ("NanoDiT-S/16", 12, 12),
         ("NanoDiT-B/2", 64, 2),
         ("NanoDiT-B/2", 75, 3),
     ],

@@ -48,7 +48,14 @@ RECIPES: Recipes = {
     },
     # Any images, with or without noise: an hour on two cores for each network, from 15,000 of 64 pixels
     "hour": {
-        "train_diffusion": _COMPONENTS | {"EPOCHS": 1500, "SAMPLE_INTERVAL": 100, "CHECKPOINT_SAVE_INTERVAL": 100},
+        "train_diffusion": _COMPONENTS
+        | {
+            "EPOCHS": 1500,
+            "NUM_ODE_STEPS": 12,
+            "LAST_TIME": 0.01,
+            "SAMPLE_INTERVAL": 100,
+            "CHECKPOINT_SAVE_INTERVAL": 100,
+        },
         "train_classifier": _CLASSIFIER | {"EPOCHS": 12},
     },
     # weights/component_mlp.safetensors: an hour on two cores, from 90,000 images

@@ -85,11 +85,15 @@ class Run:
         self.resume, self.seconds = script["RESUME"], 60 * script["CHECKPOINT_SAVE_MINUTES"]
         self.saved, self.untrained, self.rate = time.monotonic(), math.inf, "LEARNING_RATE"
         self.today = today
+        self.newest, self.state = None, None
+        if self.output.exists():  # or else it is made when the run begins
+            self._hold()
+        self._find()
+
+    def _hold(self) -> None:
         with distributed.main_first():
             if distributed.is_main():
                 hold(self.output)
-        self.newest, self.state = None, None
-        self._find()
 
     def begin(self, images: NpyDataset, content: dict[str, Any]) -> None:
         """Makes OUTPUT_DIR ready for a run on these images.
@@ -100,6 +104,7 @@ class Run:
         Raises:
             InputError: when it does not.
         """
+        self._hold()
         self.content, self.data = content, images.identity
         self.steps_per_epoch = math.ceil(len(images) / self.batch_size)
         for name, value in content.items() if self.state else ():

@@ -75,6 +75,7 @@ CFG_SCALE: Guidance = 5.0  # Guidance scale of samples, wherever the checkpoint 
 NUM_ODE_STEPS: Steps = 50  # From noise to image, likewise
 SOLVER: Literal[(*flow.SOLVERS,)] = "euler"  # Likewise; "multistep" needs fewer steps; "heun" evaluates twice in each
 TIME_GRID: Literal[flow.TIME_GRIDS] = "uniform"  # Of the steps; "logit" for SOLVER = "multistep"
+LAST_TIME: InnerFraction = 0.03  # Of TIME_GRID = "logit", before 0; less for images with noise, with more steps
 TOLERANCE: NotNegative | None = None  # 0.04: images that the last step changes by over 4% get twice the steps
 NUM_SAMPLES_PER_CLASS: Count = 4  # Samples of each class in a grid
 SAMPLE_INTERVAL: Count = 10  # Epochs between sample grids
@@ -109,7 +110,7 @@ def main() -> None:
     run.begin(images, generator.description())
     network = generator.to(device).network
     guidance = CFG_SCALE if len(images.classes) > 1 else 1.0  # of one class, there is nothing to be truer to
-    generator.sampler = flow.Sampler(NUM_ODE_STEPS, guidance, SOLVER, TIME_GRID, TOLERANCE)
+    generator.sampler = flow.Sampler(NUM_ODE_STEPS, guidance, SOLVER, TIME_GRID, TOLERANCE, LAST_TIME)
     run.content |= {"sampler": asdict(generator.sampler)}
     announce(generator, EPOCHS * len(images))
 
