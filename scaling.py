@@ -39,7 +39,7 @@ class Scaling:
         """The scaling of a kind for images (n, c, s, s) that fill [0, 1] each, and their minima and maxima (n,)."""
         if kind == "image":
             return cls()
-        pixels = _in_unit(images, low, high).flatten(1)
+        pixels = in_unit(images, low, high).flatten(1)
         sky = pixels.median(1).values
         noise = 1.4826 * (pixels - sky[:, None]).abs().median(1).values.median().item()  # of a Gaussian sky
         sky, brightest = sky.median().item(), high.quantile(0.99).item()
@@ -49,7 +49,7 @@ class Scaling:
         """Images (n, c, s, s) that fill [0, 1] each, of minima and maxima (n,), to scaled ones."""
         if not self.keeps_flux:
             return images
-        above = _in_unit(images, low, high) - self.low
+        above = in_unit(images, low, high) - self.low
         if self.kind == "asinh":
             return ((above / self.softening).asinh() / self._asinh_of_high()).float()
         return (above / (self.high - self.low)).float()
@@ -64,6 +64,7 @@ class Scaling:
         return torch.tensor((self.high - self.low) / self.softening).asinh()
 
 
-def _in_unit(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def in_unit(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Images (n, c, s, s) that fill [0, 1] each, of minima and maxima (n,) float64, in the unit of these."""
     low, high = (values.view(-1, 1, 1, 1) for values in (low, high))
     return low + images * (high - low)

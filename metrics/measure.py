@@ -96,7 +96,7 @@ def measure(
         if inception is not None:
             device = next(inception.parameters()).device
             rgb = images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-            row["inception"] = inception((255 * rgb.clamp(0, 1)).byte().to(device)).cpu()
+            row["inception"] = inception((255 * rgb).byte().to(device)).cpu()
         bar.update()
         return row
 

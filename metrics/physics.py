@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scaling import in_unit
+
 PERIODS = {"ellipticity_angle": math.pi, "knot_angle": 2 * math.pi}  # of the numbers that are angles
 _KNOT_LEAST = 0.3  # of the peak; fainter maxima are no knots
 
@@ -113,7 +115,7 @@ def describe(images: Tensor, pixel_scale: float = 1.0) -> dict[str, Tensor]:
 def describe_flux(images: Tensor, low: Tensor, high: Tensor) -> dict[str, Tensor]:
     """Sky, peak and flux above the sky, (n,) each in the unit of the files, of images from ``low`` to ``high`` (n,)
     there."""
-    pixels = images.flatten(1).double() * (high - low)[:, None] + low[:, None]
+    pixels = in_unit(images, low, high).flatten(1)
     sky = pixels.median(1).values
     found = {"sky": sky, "peak": high, "flux": (pixels - sky[:, None]).sum(1)}
     return {name: value.float() for name, value in found.items()}

@@ -147,15 +147,14 @@ def check_match(data: NpyDataset, others: dict[str, Any]) -> None:
     Of one class, there is nothing to classify: any classifier gives features.
     """
     for path, other in others.items():
-        if len(data.classes) == 1 and hasattr(other, "channels"):
+        is_classifier = hasattr(other, "channels")
+        if is_classifier and len(data.classes) == 1:
             continue
         shape = getattr(other, "image_shape", None) or (other.channels, *data.image_shape[1:])
         for ours, theirs in zip(_words(data.classes, data.image_shape), _words(other.classes, shape), strict=True):
             if ours != theirs:
-                advice = "train/train_classifier.py makes one of these" if hasattr(other, "channels") else ""
-                raise InputError(
-                    f"{path} is of {theirs}, but {data.root_dir} of {ours}: {advice or 'they do not go together'}", 2
-                )
+                advice = "train/train_classifier.py makes one of these" if is_classifier else "they do not go together"
+                raise InputError(f"{path} is of {theirs}, but {data.root_dir} of {ours}: {advice}", 2)
 
 
 def _words(classes: Sequence[str], shape: Sequence[int]) -> tuple[str, str]:

@@ -92,6 +92,6 @@ class _Network(nn.Module):
     @staticmethod
     def _shown(images: Tensor) -> Tensor:
         """Images (n, c, s, s) with their logarithm and their small scales beside them, (n, 3 c, s, s)."""
-        faint = (images.clamp_min(0) + 1e-3).log()
+        faint = (images + 1e-3).log()
         small = images - F.avg_pool2d(images, 3, 1, 1)
         return torch.cat([images, faint, small], 1)

@@ -18,6 +18,7 @@ from lenstronomy.SimulationAPI.sim_api import SimAPI
 
 from simulate.recipes import MODEL_II, Recipe
 
+_PIXELS = MODEL_II.image_shape[-1]
 _HALO_MASS = 1e12  # solar masses, like all masses here
 _VORTEX_MASS, _VORTEX_POINTS = 3e10, 100
 _SUBHALO_COUNT, _SUBHALO_MASSES, _SUBHALO_SLOPE, _SUBHALO_RADII = 25, (1e6, 1e10), -0.9, (0.25, 2.0)  # radii in arcsec
@@ -212,9 +213,7 @@ def source_light(recipe: Recipe = MODEL_II) -> dict[str, float]:
 
 def pixel_centres() -> np.ndarray:
     """Coordinates x and y of the pixels, (2, h, w) in arcsec."""
-    return np.stack(telescope(0)[1].ImageNumerics.coordinates_evaluate).reshape(
-        2, MODEL_II.image_shape[-1], MODEL_II.image_shape[-1]
-    )
+    return np.stack(telescope(0)[1].ImageNumerics.coordinates_evaluate).reshape(2, _PIXELS, _PIXELS)
 
 
 def source_plane() -> np.ndarray:
@@ -222,14 +221,12 @@ def source_plane() -> np.ndarray:
     _, image_model = telescope(0)
     x, y = image_model.ImageNumerics.coordinates_evaluate
     rays = image_model.source_mapping.image2source(x, y, smooth_lens(), 0)
-    return np.stack(rays).reshape(2, MODEL_II.image_shape[-1], MODEL_II.image_shape[-1])
+    return np.stack(rays).reshape(2, _PIXELS, _PIXELS)
 
 
 def psf_matrix() -> np.ndarray:
     """P, (h, h), such that P @ image @ P.T is the image blurred by the telescope's Gaussian point spread function."""
     convolve = telescope(0)[1].ImageNumerics.re_size_convolve
-    rows = np.repeat(
-        np.eye(MODEL_II.image_shape[-1])[:, :, None], MODEL_II.image_shape[-1], axis=2
-    )  # image i is 1 in row i
+    rows = np.repeat(np.eye(_PIXELS)[:, :, None], _PIXELS, axis=2)  # image i is 1 in row i
     matrix = np.stack([convolve(image.ravel())[:, 0] for image in rows], axis=1)
     return matrix / matrix.sum(1, keepdims=True)  # a flat image stays as it is

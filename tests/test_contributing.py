@@ -104,7 +104,7 @@ ROOMS = {  # modules by folder or name -> what they may import from, beside them
     "plots": {"files", "settings"},
     "simulate": {"files", "settings", "distributed", "dataset", "plots"},
     "models": {"scaling", "files", "settings", "distributed", "dataset"},
-    "metrics": {"files", "settings", "distributed", "dataset", "plots", "simulate", "models"},
+    "metrics": {"scaling", "files", "settings", "distributed", "dataset", "plots", "simulate", "models"},
     "train": {"scaling", "files", "settings", "distributed", "dataset", "plots", "simulate", "models"},
     "evaluate": {
         "scaling",

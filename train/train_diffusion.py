@@ -280,7 +280,8 @@ def in_words(generator: Generator) -> str:
         noise = ", and the noise that they leave over" if generator.codec.noise else ""
         return f"{generator.codec.vectors.shape[1]} principal components of the images{noise}"
     if patch := getattr(generator.network, "patch_size", None):
-        return "{0}x{0} patches of {1} pixels".format(math.ceil(generator.image_shape[-1] / patch), patch)
+        grid = generator.network.grid_size
+        return f"{grid}x{grid} patches of {patch} pixels"
     return f"images of {generator.image_shape}"
 
 
