@@ -79,6 +79,7 @@ class NpyDataset(Dataset):
         image_shape: (c, s, s).
         scaling: of the images, may be set before they are read; see ``Scaling``.
         keeps_flux: whether brightness in the unit of the files is compared with that of other images.
+        observer: what a telescope makes of the images, see ``observed``; None leaves them as they are.
         images: (n, c, s, s) float32, scaled to [0, 1], by its own minimum and maximum each unless ``scaling`` says
             otherwise; read when first used.
         labels: (n,) int64, index into ``classes``.
@@ -95,6 +96,7 @@ class NpyDataset(Dataset):
     """
 
     scaling, keeps_flux = Scaling(), False
+    observer: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
 
     def __init__(
         self,
@@ -168,11 +170,28 @@ class NpyDataset(Dataset):
     def images(self) -> Tensor:
         return self.read(slice(None))
 
-    def read(self, index: Tensor | slice) -> Tensor:
-        """Some of ``images``, read from the cache on disk without keeping the others in memory."""
+    def observed(self, observer: Callable[..., tuple[Tensor, Tensor, Tensor]] | None) -> "NpyDataset":
+        """The same images as a telescope sees them, see ``simulate.instrument.Observer``."""
+        other = copy.copy(self)
+        vars(other).pop("images", None)
+        other.observer = observer
+        return other
+
+    def read(self, index: Tensor | slice, random: torch.Generator | None = None) -> Tensor:
+        """Some of ``images``, read from the cache on disk without keeping the others in memory.
+
+        Observed images have the noise of their number, always the same, or fresh noise from ``random``.
+        """
+        return self.look(index, random)[0]
+
+    def look(self, index: Tensor | slice, random: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """``read``, and the minima and maxima (n,) of these images in the unit of their files, or as observed."""
         index = np.asarray(index) if isinstance(index, Tensor) else index
-        low, high = (torch.from_numpy(values[index]) for values in (self.low, self.high))
-        return self.scaling.apply(torch.from_numpy(self._packed[self._keep[index]]), low, high)
+        numbers = self._keep[index]
+        images, low, high = (torch.from_numpy(a) for a in (self._packed[numbers], self.low[index], self.high[index]))
+        if self.observer:
+            images, low, high = self.observer(images, low, high, torch.from_numpy(numbers), random)
+        return self.scaling.apply(images, low, high), low, high
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -23,6 +23,7 @@ from models import generated_folder
 from models.generator import Generator, generate_image, load_model  # noqa: F401
 from scaling import Scaling
 from settings import Count, Guidance, InputError, Positive, Splits, Steps, Whole
+from simulate.instrument import INSTRUMENTS, Observer, description, observer_of
 
 DATA_DIR: str = "data"  # Folder with a folder of images for each class: its test images are the reference
 REAL_DIR: str | None = None  # Another such folder of real images, in its place
@@ -30,6 +31,9 @@ GENERATED_DIR: str | None = None  # A folder of images to score; None generates 
 OUTPUT_DIR: str = "generated_npy"  # Where generated images go, and _compared behind it those of a second checkpoint
 REPORT_DIR: str = "evaluation"  # Where report.html and report.json go
 FIGURE_PATH: str = "evaluation/lenses.png"  # Picture of real and generated lenses
+INSTRUMENT: Literal[(None, *INSTRUMENTS)] = None  # Looks at noise-free images, real and generated, with this telescope
+PEAK: Positive | None = None  # Counts per second of the brightest pixel, for INSTRUMENT; None takes it from the files
+BESIDE: bool = False  # With INSTRUMENT: scores the images without it, too, in columns beside
 PIXEL_SCALE: Positive | None = None  # Arcsec a pixel; None takes it from FITS headers or the recipe, or else has pixels
 KEEPS_FLUX: bool | None = None  # Compares sky, peak and flux in the unit of the files, too; None as the checkpoint does
 CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
@@ -100,22 +104,37 @@ def main() -> None:
                 f"{count} images of a class are too few for the covariance of {features} features: Fréchet distances "
                 f"in {space} features are too high, and mean something only beside their floor"
             )
-    reference = Reference(real, train, count, classifier, inception, BATCH_SIZE, SEED)
     names = [dataset.root_dir.name for dataset, _ in samples]
     if len({"real", *names}) <= len(names):
         names = [str(dataset.root_dir) for dataset, _ in samples]
     names = [name.encode("utf-8", "replace").decode() for name in names]  # to draw; a folder's name may be any bytes
     scored = []
-    for name, (dataset, source) in zip(names, samples, strict=True):
-        scored.append(reference.score(name, dataset, NUM_SPLITS, SEED))
-        scored[-1].source = source
-        report.print_table(scored[-1], count)
+    for title, observers in views(real):
+        looks = [data.observed(observer) for data, observer in zip((real, train), observers, strict=False)]
+        reference = Reference(*looks, count, classifier, inception, BATCH_SIZE, SEED, f"real{title}")
+        for k, (name, (dataset, source)) in enumerate(zip(names, samples, strict=True)):
+            scored.append(reference.score(f"{name}{title}", dataset.observed(observers[2 + k]), NUM_SPLITS, SEED))
+            scored[-1].source = source
+            report.print_table(scored[-1], count)
     if not distributed.is_main():
         return
-    report.write_lenses(FIGURE_PATH, reference.sample, scored[0])
-    report.write_json(Path(REPORT_DIR) / "report.json", settings.constants(globals()), scored, reference)
-    report.write_html(Path(REPORT_DIR) / "report.html", settings.constants(globals()), scored, reference)
+    report.write_lenses(FIGURE_PATH, scored[0])
+    report.write_json(Path(REPORT_DIR) / "report.json", settings.constants(globals()), scored)
+    report.write_html(Path(REPORT_DIR) / "report.html", settings.constants(globals()), scored)
     print(f"Pictures: {FIGURE_PATH} and {Path(REPORT_DIR) / 'report.html'}, images: {samples[0][0].root_dir}/")
+
+
+def views(real: NpyDataset) -> list[tuple[str, list[Observer | None]]]:
+    """How images are looked at: a title, and what looks at the real images, those of training, and one or two samples.
+
+    Each has noise of its own.
+    """
+    if INSTRUMENT is None:
+        return [("", [None] * 4)]
+    observers = [observer_of(real, INSTRUMENT, PEAK, 4 * SEED + k) for k in range(4)]
+    print(description(INSTRUMENT, real, observers[0]))
+    found = [(f", as {INSTRUMENT} sees it", observers)]
+    return [*found, (", noise-free", [None] * 4)] if BESIDE else found
 
 
 def check_places() -> None:

@@ -36,14 +36,18 @@ class Lenses:
     root_dir: Path = Path("simulated")
     pixel_scale: float | None = None
     keeps_flux: bool = False
+    observer: None = None
     classes: tuple[str, ...] = MODEL_II.classes
     image_shape: tuple[int, int, int] = MODEL_II.image_shape
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: Tensor) -> Tensor:
+    def read(self, index: Tensor, random: torch.Generator | None = None) -> Tensor:
         return self.images[index]
+
+    def look(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.images[index], torch.zeros(len(index)), torch.ones(len(index))
 
 
 @contextmanager

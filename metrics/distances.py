@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+from pqm import pqm_pvalue
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
@@ -153,3 +154,22 @@ def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, f
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def pqmass(real: Tensor, other: Tensor, repetitions: int = 10, seed: int = 0) -> list[float]:
+    """p-values of PQMass (Lemos et al. 2024, arXiv:2402.04355), which needs no features: uniform if two samples (n, d)
+    are of one distribution, near 0 if not. Nothing for fewer than 20 images.
+
+    The space is divided by the nearest of up to 100 images, other ones each time, and the numbers of both samples in
+    each cell are compared by a chi-squared test.
+    """
+    cells = min(100, len(real) // 10)
+    if cells < 2:
+        return []
+    state = np.random.get_state()  # noqa: NPY002, pqm takes the numbers of everybody
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        found = [pqm_pvalue(real, other, num_refs=cells) for _ in range(repetitions)]
+    np.random.set_state(state)  # noqa: NPY002
+    return found

@@ -3,10 +3,9 @@
 import functools
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,10 @@ from dataset import NpyDataset
 from files import whole
 from metrics import physics
 from models.classifier import classify
-from simulate.recipes import pixel_scale_of, recipe_of
+from simulate.recipes import origin_of, recipe_of, scale_of
+
+if TYPE_CHECKING:
+    from metrics.score import Reference
 
 Measured = dict[str, Tensor]  # name -> (n, ...), row i of each belonging to image i
 
@@ -31,27 +33,21 @@ class Sample:
     dataset: NpyDataset
     index: Tensor  # into the dataset
     measured: Measured
-    real: NpyDataset  # the images that they are to be like, whose folder knows the recipe
+    reference: "Reference"  # real images that they are to be like, whose folder knows the recipe
     source: dict[str, Any] = field(default_factory=dict)  # how they were made
     metrics: dict[str, Any] = field(default_factory=dict)  # their scores, see ``Reference.score``
 
-    def read(self, index: Tensor) -> Tensor:
-        """Images (n, c, s, s) of indices into the sample."""
-        return self.dataset.read(self.index[index])
+    @property
+    def real(self) -> NpyDataset:
+        return self.reference.sample.dataset
+
+    def read(self, index: Tensor, random: torch.Generator | None = None) -> Tensor:
+        """Images (n, c, s, s) of indices into the sample; ``random`` gives observed ones fresh noise."""
+        return self.dataset.read(self.index[index], random)
 
 
 _THUMBNAIL = 32  # pixels on a side
 _VERSION = 3  # of the cache; change it when what is measured changes
-
-
-def origin_of(dataset: NpyDataset) -> tuple[tuple[str, ...], tuple[int, ...], Path]:
-    """What tells the recipe of images, as the functions of simulate/recipes.py take it."""
-    return dataset.classes, dataset.image_shape, dataset.root_dir
-
-
-def scale_of(dataset: NpyDataset) -> tuple[float, str]:
-    """Pixel scale and the unit of lengths: arcsec where files or a recipe say it, else pixels."""
-    return (dataset.pixel_scale, "arcsec") if dataset.pixel_scale else pixel_scale_of(*origin_of(dataset))
 
 
 @torch.no_grad()
@@ -77,7 +73,7 @@ def measure(
     bar = tqdm(total=batches // distributed.size(), desc="measuring", unit="batch", leave=False)
 
     def measure_part(part: Tensor) -> Measured:
-        images = dataset.read(index[part])
+        images, low, high = dataset.look(index[part])
         probabilities, features = classify(classifier, images, batch_size, show_progress=False)
         row = {
             "label": dataset.labels[index[part]],
@@ -89,9 +85,8 @@ def measure(
             **physics.describe(images, pixel_scale),
         }
         if (real or dataset).keeps_flux:
-            low, high = (torch.from_numpy(values[index[part].numpy()]) for values in (dataset.low, dataset.high))
             row |= physics.describe_flux(images, low, high)
-        if recipe and recipe.lens_equation:
+        if recipe and recipe.lens_equation and not dataset.observer:
             row |= _lens_equation(images)
         if inception is not None:
             device = next(inception.parameters()).device
@@ -136,7 +131,7 @@ def measure_cached(
     name: str, dataset: NpyDataset, index: Tensor, classifier: nn.Module, inception: nn.Module | None, batch_size: int
 ) -> Measured:
     """``measure``, kept in the dataset's cache under a name until its files, ``index`` or a network change."""
-    how = dataset.keeps_flux, scale_of(dataset), recipe_of(*origin_of(dataset))
+    how = dataset.keeps_flux, scale_of(dataset), recipe_of(*origin_of(dataset)), dataset.observer
     state = hashlib.sha256(repr((_VERSION, dataset.fingerprint, dataset.classes, how, index.tolist())).encode())
     for network in filter(None, (classifier, inception)):
         for weights in network.state_dict().values():
@@ -189,3 +184,13 @@ def find_nearest(measured: Measured, training: Tensor) -> None:
 def select(measured: Measured, index: Tensor) -> Measured:
     """Some images of a measurement."""
     return {name: values[index] for name, values in measured.items()}
+
+
+def masks(labels: Tensor, classes: Sequence[str]) -> dict[str, Tensor]:
+    """Membership of the images in each subset, (n,) bool."""
+    return {"overall": labels >= 0} | {name: labels == label for label, name in enumerate(classes)}
+
+
+def fewest(dataset: NpyDataset) -> int:
+    """Number of images of the class that has the fewest."""
+    return min(dataset.counts().values())

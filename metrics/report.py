@@ -19,11 +19,14 @@ import plots
 from files import whole
 from metrics import verdict
 from metrics.distances import wilson_interval
-from metrics.measure import Sample, origin_of, scale_of
-from metrics.score import DISTANCES, Reference, apart, number, ratio, subsets_of, titles_of
+from metrics.measure import Sample
+from metrics.score import DISTANCES, apart, number, ratio, subsets_of, titles_of
+from metrics.usefulness import TITLES
 from models.generated_folder import sha256
-from simulate.recipes import recipe_of
+from simulate.recipes import origin_of, recipe_of, scale_of
 
+# What a floor is called where it is not real images against others
+FLOORS = {"class_accuracy": "  classifier accuracy, real", **dict.fromkeys(TITLES, "  floor: real ones in their place")}
 PACKAGES = ("torch", "torchvision", "torchmetrics", "numpy", "lenstronomy")
 _SHOWN = 8  # images of a class in the grids
 
@@ -40,7 +43,7 @@ def print_table(sample: Sample, count: int) -> None:
         rows.append((title, [number(name, metric["value"]) for metric in metrics]))
         if "interval" in metrics[0]:
             rows.append(("  95% interval", [_interval(metric) for metric in metrics]))
-        floor = "  classifier accuracy, real" if name == "class_accuracy" else f"  floor: real against real{space}"
+        floor = FLOORS.get(name, f"  floor: real against real{space}")
         rows.append((floor, [with_deviation(name, metric, "floor") for metric in metrics]))
         if name in DISTANCES:
             rows.append((f"  ratio to the floor{space}", [number(name, ratio(metric)) for metric in metrics]))
@@ -51,9 +54,9 @@ def print_table(sample: Sample, count: int) -> None:
     print("", *verdict.sentences(sample), "", sep="\n")
 
 
-def write_lenses(path: str, real: Sample, sample: Sample) -> None:
+def write_lenses(path: str, sample: Sample) -> None:
     """A row of real and a row of generated lenses for each class, with the class's scores beside them."""
-    rows = {}
+    rows, real = {}, sample.reference.sample
     for label, name in enumerate(sample.dataset.classes):
         rows[f"{name}\nreal"] = _some(real, label).numpy()
         distance = ratio(sample.metrics["frechet_lens"][name])
@@ -63,9 +66,9 @@ def write_lenses(path: str, real: Sample, sample: Sample) -> None:
     plots.save(plots.image_grid(rows), path)
 
 
-def write_json(path: Path, settings: dict[str, Any], samples: list[Sample], reference: Reference) -> None:
-    """report.json: the metrics of the first sample, those of the second under "compared", and how they were made."""
-    everyone = (reference.sample, *samples)
+def write_json(path: Path, settings: dict[str, Any], samples: list[Sample]) -> None:
+    """report.json: the metrics of the first sample, those of the others under "compared", and how they were made."""
+    reference, everyone = samples[0].reference, _everyone(samples)
     content = {
         "settings": settings,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -80,7 +83,7 @@ def write_json(path: Path, settings: dict[str, Any], samples: list[Sample], refe
         "metrics": samples[0].metrics,
         "lens_fit": {sample.name: _lens_fit(sample) for sample in everyone if "explained" in sample.measured},
         "confusion": {sample.name: _confusion(sample).tolist() for sample in everyone if _is_classified(sample)},
-        "compared": [{"source": sample.source, "metrics": sample.metrics} for sample in samples[1:]],
+        "compared": [{"name": s.name, "source": s.source, "metrics": s.metrics} for s in samples[1:]],
     }
     with whole(path) as file:
         file.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
@@ -97,10 +100,10 @@ def _lens_fit(sample: Sample) -> dict[str, dict[str, float]]:
     return found
 
 
-def write_html(path: Path, settings: dict[str, Any], samples: list[Sample], reference: Reference) -> None:
+def write_html(path: Path, settings: dict[str, Any], samples: list[Sample]) -> None:
     """report.html: self-contained, with the verdict first, then the pictures; the other metrics fold open."""
-    everyone, splits = (reference.sample, *samples), settings["NUM_SPLITS"]
-    classes, unit = reference.sample.dataset.classes, scale_of(reference.sample.real)[1]
+    everyone, splits = _everyone(samples), settings["NUM_SPLITS"]
+    classes, unit = samples[0].dataset.classes, scale_of(samples[0].real)[1]
     named = [(label, name, sample) for label, name in enumerate(classes) for sample in everyone]
     grid = {f"{name}\n{sample.name}": _some(sample, label).numpy() for label, name, sample in named}
     sections = [
@@ -114,9 +117,9 @@ def write_html(path: Path, settings: dict[str, Any], samples: list[Sample], refe
             _bands_figure(everyone, "spectrum", "wave number (cycles an image)", "power"),
         ),
     ]
-    if "lens_residual" in reference.sample.measured:
-        sections.append(_lens_equation(everyone))
-    if _is_classified(reference.sample):
+    if smooth := [sample for sample in everyone if "lens_residual" in sample.measured]:
+        sections.append(_lens_equation(smooth))
+    if _is_classified(everyone[0]):
         sections.append(
             _section(
                 "Classifier",
@@ -127,7 +130,7 @@ def write_html(path: Path, settings: dict[str, Any], samples: list[Sample], refe
     for sample in samples:
         closest = sample.measured["train_distance"].argsort()[:_SHOWN]
         distances = ", ".join(f"{d:.4f}" for d in sample.measured["train_distance"][closest].tolist())
-        nearest = reference.train.read(sample.measured["train_neighbour"][closest])
+        nearest = sample.reference.train.read(sample.measured["train_neighbour"][closest])
         rows = {sample.name: sample.read(closest).numpy(), "nearest\ntraining image": nearest.numpy()}
         sections.append(
             _section(
@@ -141,6 +144,14 @@ def write_html(path: Path, settings: dict[str, Any], samples: list[Sample], refe
     sections.append(_folded("Settings", f"<table>{rows}</table>"))
     with whole(path) as file:
         file.write(_PAGE.format(body="\n".join(sections)).encode("utf-8", "replace"))
+
+
+def _everyone(samples: list[Sample]) -> list[Sample]:
+    """The real images that samples were scored against, each set of them once, with the samples behind it."""
+    found = []
+    for sample in samples:
+        found += [s for s in (sample.reference.sample, sample) if s not in found]
+    return found
 
 
 def _verdict(sample: Sample) -> str:
@@ -176,7 +187,7 @@ def _scores(samples: list[Sample], splits: int) -> str:
             for metric in (sample.metrics[name][subset] for sample in samples):
                 marked = "apart" if apart(metric, splits) else ""
                 values += f'<td class="{marked}">{with_deviation(name, metric, "value")}</td>'
-            floors += f'<td colspan="{columns}">{with_deviation(name, samples[0].metrics[name][subset], "floor")}</td>'
+                floors += f"<td>{with_deviation(name, metric, 'floor')}</td>"
         rows.append(f'<tr><th>{title}</th>{values}</tr><tr class="floor"><th>floor</th>{floors}</tr>')
     return (
         "<p>Means and standard deviations over random splits of the real test images, in brackets 95% intervals. The "

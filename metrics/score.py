@@ -10,19 +10,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import kstest
 from scipy.stats import t as student_t
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import distributed
 from dataset import NpyDataset, some_of_each_class
-from metrics import distances, physics
-from metrics.measure import Measured, Sample, find_nearest, measure, measure_cached, scale_of, select, thumbnails
-from metrics.two_sample import HELD_OUT, c2st
+from metrics import distances, physics, usefulness
+from metrics.measure import (
+    Measured,
+    Sample,
+    fewest,
+    find_nearest,
+    masks,
+    measure,
+    measure_cached,
+    select,
+    thumbnails,
+)
+from metrics.two_sample import HELD_OUT, Read, c2st
+from metrics.usefulness import Usefulness
 from settings import InputError
+from simulate.recipes import scale_of
 
 COPY_QUANTILE = 0.05  # a copy is nearer to a training image than all but this share of the test images
-SHARES = {"copy_share", "two_sample_accuracy", "class_accuracy"}  # printed as percentages
+SHARES = {"copy_share", "two_sample_accuracy", "class_accuracy", *usefulness.TITLES}  # printed as percentages
 DISTANCES = {"fid_inception", "frechet_lens"}  # shown also as a ratio to the floor
 TITLES: dict[str, str] = {}  # name of a metric in report.json -> for people; ``titles_of`` has all
 ROUNDING = 1e-5  # of residuals in float32, where the lens equation is obeyed exactly
@@ -74,7 +87,15 @@ def _copies(real: Measured, other: Measured, train: Measured) -> dict[str, float
     return {"copy_share": (other["train_distance"] < near).double().mean().item()}
 
 
-TITLES["two_sample_accuracy"] = "C2ST, accuracy against real"  # needs the images themselves: see ``Reference.score``
+# These need the images themselves: see ``Reference.score``
+TITLES["two_sample_accuracy"] = "C2ST, accuracy against real"
+TITLES |= usefulness.TITLES
+
+
+@metric(pqmass="PQMass, p-value (1/2 if all is well)")
+def _pqmass(real: Measured, other: Measured, train: Measured) -> dict[str, Any]:
+    p_values = distances.pqmass(real["thumbnail"], other["thumbnail"])
+    return {"pqmass": float(np.mean(p_values)), "pqmass p_values": p_values} if p_values else {}
 
 
 @metric(class_accuracy="Classifier accuracy, generated")
@@ -105,16 +126,6 @@ def compare(real: Measured, other: Measured, train: Measured, titles: dict[str, 
 def subsets_of(dataset: NpyDataset) -> tuple[str, ...]:
     """Names of the subsets that metrics are of: all images, then each class."""
     return ("overall", *dataset.classes)
-
-
-def masks(labels: Tensor, classes: Sequence[str]) -> dict[str, Tensor]:
-    """Membership of the images in each subset, (n,) bool."""
-    return {"overall": labels >= 0} | {name: labels == label for label, name in enumerate(classes)}
-
-
-def fewest(dataset: NpyDataset) -> int:
-    """Number of images of the class that has the fewest."""
-    return min(dataset.counts().values())
 
 
 def half_size(test: NpyDataset, most: int) -> int:
@@ -172,6 +183,7 @@ class Reference:
         count: images of a class in every metric, 3 or more.
         classifier, inception: the networks that give features.
         seed: of the choice of images.
+        name: of the real images in pictures.
     """
 
     def __init__(
@@ -183,16 +195,18 @@ class Reference:
         inception: nn.Module | None = None,
         batch_size: int = 128,
         seed: int = 0,
+        name: str = "real",
     ):
         self.count, self.networks = count, (classifier, inception, batch_size)
         self.floors: dict[int, _OfSubsets] = {}  # of each seed of a split: the same for all that is scored
         index = some_of_each_class(test.labels, 2 * count, seed)
-        self.sample = Sample("real", test, index, measure_cached("test", test, index, *self.networks), test)
+        self.sample = Sample(name, test, index, measure_cached("test", test, index, *self.networks), self)
         index = some_of_each_class(train.labels, count, seed)
         self.train = train
         self.train_measured = measure_cached("train", train, index, classifier, None, batch_size)
         self.train_thumbnails = thumbnails(train)
         find_nearest(self.sample.measured, self.train_thumbnails)
+        self.usefulness = Usefulness(train, self.sample, count)
 
     def score(self, name: str, dataset: NpyDataset, splits: int, seed: int) -> Sample:
         """Every metric of a dataset's images against the real ones, beside its floor, over random splits.
@@ -206,34 +220,36 @@ class Reference:
         """
         index = some_of_each_class(dataset.labels, self.count, seed)
         real = self.sample
-        other = Sample(name, dataset, index, measure(dataset, index, *self.networks, real.dataset), real.dataset)
+        other = Sample(name, dataset, index, measure(dataset, index, *self.networks, real.dataset), self)
         find_nearest(other.measured, self.train_thumbnails)
 
         def score_split(split: int) -> tuple[_OfSubsets, _OfSubsets]:
             a, b = halves(real.measured["label"], self.count, seed + split)
             if seed + split not in self.floors:
                 measured = select(real.measured, b)
-                self.floors[seed + split] = self._against(a, measured, lambda i: real.read(b[i]), seed + split)
+                self.floors[seed + split] = self._against(a, measured, lambda i, r: real.read(b[i], r), seed + split)
             values = self._against(a, other.measured, other.read, seed + split)
             bar.update()
             return values, self.floors[seed + split]
 
         with tqdm(total=splits // distributed.size(), desc=f"scoring {name}", leave=False) as bar:
-            values, floors = zip(*distributed.spread(score_split, range(splits)), strict=True)
+            of_splits = zip(*distributed.spread(score_split, range(splits)), strict=True)
+        of_splits, of_trainings = tuple(of_splits), self.usefulness.score(other)
         for metric_name in titles_of(real.dataset):
+            values, floors = of_trainings if metric_name in usefulness.TITLES else of_splits
             other.metrics[metric_name] = {
-                subset: _summary(metric_name, subset, values, floors, self.count) for subset in values[0]
+                subset: _summary(metric_name, subset, values, floors, self.count) for subset in subsets_of(real.dataset)
             }
         return other
 
-    def _against(self, half: Tensor, measured: Measured, read: Callable[[Tensor], Tensor], seed: int) -> _OfSubsets:
+    def _against(self, half: Tensor, measured: Measured, read: Read, seed: int) -> _OfSubsets:
         """Every metric of as many other images against a half of the real ones."""
         data, labels, found = self.sample.dataset, measured["label"], {}
         of_half, of_train = select(self.sample.measured, half), masks(self.train_measured["label"], data.classes)
         for subset, mask in masks(labels, data.classes).items():
             train = select(self.train_measured, of_train[subset])
             found[subset] = compare(select(of_half, mask), select(measured, mask), train, titles_of(data))
-        right, of_class = c2st(lambda i: self.sample.read(half[i]), read, labels, seed)
+        right, of_class = c2st(lambda i, random: self.sample.read(half[i], random), read, labels, seed)
         for subset, mask in masks(of_class, data.classes).items():
             found[subset]["two_sample_accuracy"] = right[mask].double().mean().item()
         return found
@@ -261,7 +277,7 @@ def _summary(
     name: str, subset: str, values: tuple[_OfSubsets, ...], floors: tuple[_OfSubsets, ...], count: int
 ) -> dict[str, Any]:
     """Mean and standard deviation of a metric over the splits."""
-    if name not in values[0][subset]:
+    if not values or name not in values[0][subset]:
         return dict.fromkeys(("value", "value_std", "floor", "floor_std"))
     of_value, of_floor = ([split[subset][name] for split in splits] for splits in (values, floors))
     summary = {
@@ -270,6 +286,9 @@ def _summary(
         "floor": float(np.mean(of_floor)),
         "floor_std": float(np.std(of_floor, ddof=min(1, len(values) - 1))),
     }
+    if name == "pqmass":
+        p_values = np.concatenate([split[subset]["pqmass p_values"] for split in values])
+        summary["uniform"] = float(kstest(p_values, "uniform").pvalue)  # Kolmogorov and Smirnov's
     if name == "kid_lens":
         summary["standard_error"] = float(np.mean([split[subset]["kid_lens standard_error"] for split in values]))
     images = count * (len(values[0]) - 1 if subset == "overall" else 1)

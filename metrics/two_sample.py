@@ -12,16 +12,17 @@ _STEPS, _EPOCHS = 200, 40  # of training: whichever is less
 _BATCH_SIZE, _LEARNING_RATE = 32, 2e-3  # a batch has as many images of either sample
 
 
-def c2st(
-    a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tensor], labels: Tensor, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+Read = Callable[[Tensor, torch.Generator | None], Tensor]  # images (m, c, s, s) in [0, 1] of indices (m,)
+
+
+def c2st(a: Read, b: Read, labels: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Trains a network on half of the images of two samples to tell which sample an image is of, and tests the rest.
 
     One network for all classes, with an output for each, so that they share what it learns.
 
     Args:
-        a, b: the two samples; each gives its images (m, c, s, s) in [0, 1] of indices (m,). Image i of both is of
-            class labels[i].
+        a, b: the two samples. Image i of both is of class labels[i]. To learn from, observed images have fresh noise
+            from the second argument each time.
         labels: (n,) int64.
         seed: of the weights, the order and the choice of held-out images.
 
@@ -40,17 +41,17 @@ def c2st(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _Network(int(labels.max()) + 1, torch.cat([a(order[:256]), b(order[:256])]))
+        network = SmallNetwork(int(labels.max()) + 1, torch.cat([a(order[:256], None), b(order[:256], None)]))
     optimizer = torch.optim.AdamW(network.parameters(), _LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, len(batches))
 
-    def logits_and_answers(index: Tensor) -> tuple[Tensor, Tensor]:
-        logits = network(torch.cat([a(index), b(index)]))
+    def logits_and_answers(index: Tensor, random: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        logits = network(torch.cat([a(index, random), b(index, random)]))
         answers = torch.arange(2).repeat_interleave(len(index))
         return logits.gather(1, labels[index].repeat(2)[:, None])[:, 0], answers
 
     for index in batches:
-        logits, answers = logits_and_answers(index)
+        logits, answers = logits_and_answers(index, generator)
         loss = F.binary_cross_entropy_with_logits(logits, answers.float())
         optimizer.zero_grad()
         loss.backward()
@@ -66,7 +67,7 @@ def c2st(
     return torch.cat(right), torch.cat(of_class)
 
 
-class _Network(nn.Module):
+class SmallNetwork(nn.Module):
     """A small convolutional network that is shown faint light and small scales as clearly as the bright arcs."""
 
     def __init__(self, outputs: int, examples: Tensor):

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dataset import NpyDataset
 
 RECIPE_FILE = "recipe.json"  # beside the class folders
 CHOICES = ("noise", "cosmology", "convention")  # what is not the same in all images of a model
@@ -145,3 +148,13 @@ def pixel_scale_of(
     """Pixel scale and the unit of lengths: arcsec where a recipe is known, else pixels."""
     recipe = recipe_of(classes, image_shape, root_dir)
     return (recipe.pixel_scale, "arcsec") if recipe else (1.0, "pixels")
+
+
+def origin_of(dataset: "NpyDataset") -> tuple[tuple[str, ...], tuple[int, ...], Path]:
+    """What tells the recipe of the images of a dataset: arguments of ``recipe_of`` and ``pixel_scale_of``."""
+    return dataset.classes, dataset.image_shape, dataset.root_dir
+
+
+def scale_of(dataset: "NpyDataset") -> tuple[float, str]:
+    """Pixel scale and the unit of lengths: arcsec where files or a recipe say it, else pixels."""
+    return (dataset.pixel_scale, "arcsec") if dataset.pixel_scale else pixel_scale_of(*origin_of(dataset))
