@@ -3,20 +3,28 @@
 Its 512 pooled features are also the space in which generated images are compared with real ones.
 """
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as tvf
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 from tqdm import tqdm
 
 from dataset import are_classes, normalize
 from models.checkpoint import load_checkpoint, load_weights
 from settings import InputError
 
-_PUBLISHED = {"image_size": 224, "classes": ("axion", "cdm", "no_sub"), "channels": 1}  # what its checkpoints leave out
+# What the published checkpoints leave out
+_PUBLISHED = {"image_size": 224, "classes": ("axion", "cdm", "no_sub"), "channels": 1, "kinds": ()}
+_LIKE = 0.99  # share of the validation images that are like those of training
+_LEAST_VARIANCE = 1e-4  # of features, as a share of the largest
 
 
 def classifier_transforms(images: np.ndarray | Tensor, size: int = 224) -> Tensor:
@@ -33,17 +41,73 @@ def classifier_transforms(images: np.ndarray | Tensor, size: int = 224) -> Tenso
     return tvf.normalize(images, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 
-def build_classifier(image_size: int, classes: tuple[str, ...], channels: int = 1) -> nn.Module:
-    """An untrained ResNet18 for images of these classes and channels, which are resized to ``image_size`` pixels."""
-    model = torchvision.models.resnet18(num_classes=len(classes), zero_init_residual=True)  # learns faster from scratch
-    if channels not in (1, 3):
-        model.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
-    model.image_size, model.classes, model.channels = image_size, tuple(classes), channels
-    return model.to(memory_format=torch.channels_last)
+class LensClassifier(torchvision.models.ResNet):
+    """ResNet18 for the classes of lens images.
+
+    Attributes:
+        image_size: pixels that images are resized to.
+        classes: names of its outputs.
+        channels: of the images.
+        kinds: "like", and ways to be unlike the training images that it was shown; empty where it was shown none.
+        calibration: what it knows about its own answers, see ``calibrate``; None where nobody has found out.
+    """
+
+    def __init__(self, image_size: int, classes: Sequence[str], channels: int = 1, kinds: Sequence[str] = ()):
+        # Last layers of residual blocks at zero: it learns faster from scratch
+        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=len(classes), zero_init_residual=True)
+        if channels not in (1, 3):
+            self.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+        self.kind = nn.Linear(self.fc.in_features, len(kinds)) if kinds else None
+        self.calibration: Calibration | None = None
+        self.image_size, self.classes, self.channels, self.kinds = image_size, tuple(classes), channels, tuple(kinds)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features (n, 512) of images as ``classifier_transforms`` gives them."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        return self.avgpool(self.layer4(self.layer3(self.layer2(self.layer1(x))))).flatten(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.features(images))
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says of it."""
+        told = {"image_size": self.image_size, "classes": list(self.classes), "channels": self.channels}
+        return told | ({"kinds": list(self.kinds)} if self.kinds else {})
 
 
-def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The trained classifier of a checkpoint, in evaluation mode; ``classes`` and ``image_size`` are attributes of it.
+class Calibration(nn.Module):
+    """What makes the probabilities of a classifier right on average, and what says whether an image is like those of
+    its training.
+
+    Buffers:
+        temperature: that its logits are divided by (Guo et al. 2017, arXiv:1706.04599).
+        centre, whitening: of the features (512) of training images: distances are those of Mahalanobis (Lee et al.
+            2018, arXiv:1807.03888).
+        limit: distance that one in a hundred validation images exceeds.
+    """
+
+    def __init__(self, features: int = 512):
+        super().__init__()
+        self.register_buffer("temperature", torch.ones(()))
+        self.register_buffer("centre", torch.zeros(features))
+        self.register_buffer("whitening", torch.eye(features))
+        self.register_buffer("limit", torch.ones(()))
+
+    def distance(self, features: Tensor) -> Tensor:
+        """Distances of features (n, 512) from those of training images, (n,), where 1 is the limit."""
+        white = (features.to(self.centre) - self.centre) @ self.whitening
+        return white.square().mean(1).sqrt() / self.limit
+
+
+def build_classifier(
+    image_size: int, classes: Sequence[str], channels: int = 1, kinds: Sequence[str] = ()
+) -> LensClassifier:
+    """An untrained classifier for images of these classes and channels, which are resized to ``image_size`` pixels."""
+    return LensClassifier(image_size, classes, channels, kinds).to(memory_format=torch.channels_last)
+
+
+def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> LensClassifier:
+    """The trained classifier of a checkpoint, in evaluation mode.
 
     Raises:
         InputError: for a file that is not a checkpoint of a classifier.
@@ -51,18 +115,20 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> nn.
     content = load_checkpoint(path, device)
     if "model_config" in content:
         raise InputError(f"{path}: its weights are of another network: a generator's, where a classifier is wanted")
-    image_size, classes, channels = (content.get(name, default) for name, default in _PUBLISHED.items())
+    image_size, classes, channels, kinds = (content.get(name, default) for name, default in _PUBLISHED.items())
     known = isinstance(image_size, int) and 8 <= image_size <= 1024 and isinstance(channels, int) and 0 < channels <= 16
-    if not known or not are_classes(classes):
+    if not known or not are_classes(classes) or not (kinds == () or are_classes(kinds)):
         raise InputError(f"{path}: its weights are of another network")
-    model = build_classifier(image_size, classes, channels)
+    model = build_classifier(image_size, classes, channels, kinds)
+    if any(name.startswith("calibration.") for name in content["model_state_dict"]):
+        model.calibration = Calibration(model.fc.in_features)
     load_weights(model, content["model_state_dict"], path)
     return model.to(device).eval().requires_grad_(False)
 
 
 @torch.inference_mode()
 def classify(
-    model: nn.Module, images: Tensor, batch_size: int = 128, show_progress: bool = True
+    model: LensClassifier, images: Tensor, batch_size: int = 128, show_progress: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Probabilities (n, classes) and pooled features (n, 512) of images (n, c, h, w) of any range, on the CPU.
 
@@ -70,15 +136,49 @@ def classify(
     """
     device = model.fc.weight.device
     images = images.mean(1, keepdim=True) if model.channels == 1 and images.shape[1] > 1 else images
-    pooled = []
-    hook = model.avgpool.register_forward_hook(lambda module, inputs, output: pooled.append(output.flatten(1).cpu()))
-    try:
-        probabilities = [
-            model(classifier_transforms(batch.to(device), model.image_size)).softmax(1).cpu()
-            for batch in tqdm(
-                images.split(batch_size), "classifying", unit="batch", leave=False, disable=not show_progress
-            )
-        ]
-    finally:
-        hook.remove()
+    temperature = model.calibration.temperature if model.calibration else 1.0
+    probabilities, pooled = [], []
+    for batch in tqdm(images.split(batch_size), "classifying", unit="batch", leave=False, disable=not show_progress):
+        features = model.features(classifier_transforms(batch.to(device), model.image_size))
+        probabilities.append((model.fc(features) / temperature).softmax(1).cpu())
+        pooled.append(features.cpu())
     return torch.cat(probabilities), torch.cat(pooled)
+
+
+@torch.inference_mode()
+def calibrate(model: LensClassifier, train: Tensor, validation: Tensor, labels: Tensor) -> None:
+    """Finds the ``calibration`` of a trained classifier.
+
+    Args:
+        train: images (n, c, s, s) that features are known from.
+        validation, labels: others (m, c, s, s) with their classes (m,).
+    """
+    from scipy.optimize import minimize_scalar  # here: to classify takes none of it
+
+    model.calibration = None
+    probabilities, features = classify(model, validation)
+    logits = probabilities.clamp_min(1e-12).log()
+
+    def loss(log_temperature: float) -> float:
+        return F.cross_entropy(logits / math.exp(log_temperature), labels).item()
+
+    found = Calibration(model.fc.in_features)
+    found.temperature.fill_(math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+    known = classify(model, train)[1].double()
+    found.centre.copy_(known.mean(0))
+    variance, directions = torch.linalg.eigh(known.T.cov())
+    # Directions without any variance say nothing: they count as the least one that does
+    least = _LEAST_VARIANCE * variance[-1]
+    found.whitening.copy_(directions / variance.clamp_min(least).sqrt())
+    found.limit.copy_(found.distance(features).quantile(_LIKE))
+    model.calibration = found.to(model.fc.weight.device)
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): mean difference between confidence and accuracy,
+    over bins of confidence."""
+    confidence, called = probabilities.max(1)
+    number = (confidence * bins).long().clamp_max(bins - 1)
+    gap = torch.zeros(bins, dtype=torch.double)
+    gap.index_add_(0, number, confidence.double() - (called == labels).double())
+    return gap.abs().sum().item() / len(labels)

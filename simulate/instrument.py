@@ -150,7 +150,7 @@ class Observer:
         if random is None:
             noise = seeded_noise(numbers + (self.seed << 32), images.shape[1:])
         else:
-            noise = torch.randn(images.shape, generator=random)
+            noise = torch.randn(images.shape, generator=random, device=random.device)
         seen = self.observation(light, noise.to(images.device), depth)
         low, high = seen.amin((1, 2, 3)), seen.amax((1, 2, 3))
         scaled = (seen - low.view(-1, 1, 1, 1)) / (high - low).view(-1, 1, 1, 1)

@@ -72,6 +72,23 @@ RECIPES: Recipes = {
             "OUTPUT_PATH": "weights/resnet18_lens.safetensors",
         },
     },
+    # weights/resnet18_observed.safetensors: two hours on two cores, from 90,000 images
+    "resnet18_observed": {
+        "train_classifier": _CLASSIFIER
+        | {
+            "EPOCHS": 20,
+            "AMP_DTYPE": "bfloat16",
+            "AUGMENT": "half_turn",
+            "MAX_SHIFT": 2,
+            "INSTRUMENT": "euclid",
+            "UNLIKE_SHARE": 0.25,
+        },
+        "export_weights": {
+            "CHECKPOINT_PATH": "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt",
+            "HALVED": "layer[34]*weight",
+            "OUTPUT_PATH": "weights/resnet18_observed.safetensors",
+        },
+    },
     # weights/resnet18_sharp.safetensors: an hour on two cores, from 180,000 images
     "resnet18_sharp": {
         "train_classifier": _CLASSIFIER | {"EPOCHS": 10, "AMP_DTYPE": "bfloat16"},

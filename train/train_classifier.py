@@ -24,18 +24,38 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plots
 import settings
-from dataset import NpyDataset, epoch_batches, load_parts
-from models.checkpoint import check_numbers, plain_names, save_checkpoint
-from models.classifier import build_classifier, classifier_transforms, classify, load_classifier
-from settings import Count, Epochs, InputError, Interval, NotNegative, Positive, Whole
+from dataset import NpyDataset, epoch_batches, load_parts, some_of_each_class
+from models.checkpoint import check_numbers, load_checkpoint, plain_names, save_checkpoint
+from models.classifier import (
+    LensClassifier,
+    build_classifier,
+    calibrate,
+    calibration_error,
+    classifier_transforms,
+    classify,
+    load_classifier,
+)
+from models.flow import generator_of
+from settings import Count, Epochs, Fraction, InputError, Interval, NotNegative, Positive, Whole
+from simulate.instrument import INSTRUMENTS, description, observer_of
+from train.orientations import SYMMETRIES
 from train.recipes import RECIPES
 from train.run import Run
+from train.views import KINDS, Views
 
 DATA_DIR: str = "data"  # Folder with a folder of images for each class
 OUTPUT_DIR: str = "classifier_training_resnet18"  # Change it to keep an earlier classifier
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" trains without the files that cannot be read
 ON_MISSING_CLASS: Literal["raise", "go_on"] = "raise"  # "go_on" trains although a class has no images
 CACHE_DIR: str | None = None  # Where packed images are kept; None is in DATA_DIR itself, if it can be written to
+AUGMENT: Literal[(*SYMMETRIES,)] = "none"  # Orientations in which images come, as in train_diffusion.py
+MAX_SHIFT: Whole = 0  # Pixels that an image is moved by at most, another way each time
+INSTRUMENT: Literal[(None, *INSTRUMENTS)] = None  # Shows noise-free images as this telescope sees them
+PEAK: Positive | None = None  # Counts per second of the brightest pixel, for INSTRUMENT; None takes it from the files
+LEAST_DEPTH: Positive = 0.25  # Times as long as INSTRUMENT looks, at least; another time for each image
+MOST_DEPTH: Positive = 1e4  # And at most; the noise is a hundredth then
+CLEAN_SHARE: Fraction = 0.2  # Share of images that INSTRUMENT puts no noise on
+UNLIKE_SHARE: Fraction = 0.0  # Share of images shown beside that are made unlike all others, to be known as such
 IMAGE_SIZE: Annotated[int, Interval(8, 1024)] = 224  # Pixels to resize images to; 64, a twelfth of the work, for a CPU
 PRETRAINED: bool = True  # Start from ImageNet weights; false trains every layer from scratch
 WEIGHTS_PATH: str | None = None  # File with torchvision's ResNet18 weights, for a machine without network
@@ -49,6 +69,8 @@ RESUME: str = "auto"  # Goes on where the run was stopped; "never" starts anew, 
 AMP_DTYPE: Literal[None, "bfloat16"] = None  # "bfloat16" on a recent GPU
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
+_KNOWN_IMAGES = 6000  # of training, at most, that tell how far other images are from them
+
 
 def main() -> None:
     device = settings.pick_device(DEVICE)
@@ -57,17 +79,14 @@ def main() -> None:
     reading = {"on_bad_file": ON_BAD_FILE, "on_missing_class": ON_MISSING_CLASS, "cache_dir": CACHE_DIR}
     parts = load_parts(DATA_DIR, "train", "val", "test", **reading)
     train, val, test = (part.to(device) for part in parts)
-    if len(train.classes) == 1:
-        advice = "evaluation takes the features of a classifier of other images then, such as those of weights/"
-        raise InputError(f"{DATA_DIR} has one class, {train.classes[0]}: there is nothing to tell apart; {advice}", 2)
-    if len(train) < BATCH_SIZE:
-        what = f"--batch_size {BATCH_SIZE} is more than the {len(train)} training images of {DATA_DIR}"
-        raise InputError(f"{what}: take --batch_size {max(1, len(train) // 4)}, or add images", 2)
+    check_data(train)
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     channels, classes = train.image_shape[0], train.classes
-    model = build_classifier(IMAGE_SIZE, classes, channels)
-    told = {"image_size": IMAGE_SIZE, "classes": list(classes), "channels": channels}
+    views = make_views(train)
+    seen, labels_seen = views.of_all(val.images.cpu(), SEED), val.labels.cpu()
+    model = build_classifier(IMAGE_SIZE, classes, channels, KINDS if UNLIKE_SHARE else ())
+    told = model.description()
     run = Run(globals(), "classifier_ckpts/resnet18", device, lambda content: told | content)
     run.begin(train, dict(told))
     print(f"Training on {device}")
@@ -85,7 +104,7 @@ def main() -> None:
         EPOCHS * run.steps_per_epoch,
         pct_start=0.101,  # with 0.1, runs of ten steps divide by zero
     )
-    run.untrained = math.log(len(classes))
+    run.untrained = math.log(len(classes)) + (math.log(len(KINDS)) if UNLIKE_SHARE else 0)
     best_path = run.folder / "resnet18_best.pt"
 
     for epoch in run.remaining_epochs():
@@ -93,9 +112,13 @@ def main() -> None:
         batches = epoch_batches(len(train), BATCH_SIZE, SEED, epoch)
         for batch in run.steps(batches):
             images, labels = (part.to(device) for part in train[batch.to(train.labels.device)])
+            shown, kinds = views.shown(images, generator_of(SEED, run.step, device))
             with torch.autocast(device.type, torch.bfloat16, enabled=AMP_DTYPE is not None):
-                logits = model(classifier_transforms(images, IMAGE_SIZE))
-            loss = F.cross_entropy(logits.float(), labels)
+                features = model.features(classifier_transforms(shown, IMAGE_SIZE)).float()
+            logits = model.fc(features[: len(labels)])  # the others are of no class
+            loss = F.cross_entropy(logits, labels)
+            if model.kinds:
+                loss = loss + F.cross_entropy(model.kind(features), kinds)
             optimizer.zero_grad()
             loss.backward()
             loss, stop = run.check(loss.detach())
@@ -106,9 +129,10 @@ def main() -> None:
             run.add(len(labels), loss, correct=(logits.argmax(1) == labels).sum().item())
 
         # The running averages of batch normalization lag behind weights that change fast: take them anew
-        some = (train.images[part] for part in torch.cat(batches)[:2048].to(train.labels.device).split(BATCH_SIZE))
-        update_bn((classifier_transforms(images.to(device), IMAGE_SIZE) for images in some), model)
-        val_loss, val_accuracy, _ = evaluate(model, val)
+        some, random = torch.cat(batches)[:2048].to(train.labels.device), generator_of(SEED, run.step, device)
+        shown = (views.shown(train.images[part].to(device), random)[0] for part in some.split(BATCH_SIZE))
+        update_bn((classifier_transforms(images, IMAGE_SIZE) for images in shown), model)
+        val_loss, val_accuracy, _ = evaluate(model, seen, labels_seen)
         # resnet18_best.pt is not there yet when the run began in another folder
         earlier = [row["val_accuracy"] for row in run.history] if best_path.exists() else []
         row = {"train_loss": run.mean("loss"), "val_loss": val_loss}
@@ -122,13 +146,54 @@ def main() -> None:
         run.end_epoch(row, [["train_loss", "val_loss"], ["train_accuracy", "val_accuracy"]])
         if best:
             found = {"epoch": epoch, "val_accuracy": val_accuracy}
-            save_checkpoint(best_path, model_state_dict=model.state_dict(), **told, **found)
+            save_checkpoint(best_path, model_state_dict=model.state_dict(), **told, **found, settings=run.settings)
         run.save_epoch(loss)  # of the last batch: the mean remembers weights of long ago
 
-    _, accuracy, counts = evaluate(load_classifier(best_path, device), test)
-    title = f"test accuracy {accuracy:.2%}"
-    plots.save(plots.confusion_matrix(counts.numpy(), classes, title), Path(OUTPUT_DIR) / "confusion_matrix.png")
-    print(f"{title} of {best_path}; rows are the true classes {', '.join(classes)}:\n{counts.numpy()}")
+    model = load_classifier(best_path, device)
+    some = some_of_each_class(train.labels.cpu(), _KNOWN_IMAGES // len(classes))
+    calibrate(model, views.of_all(train.images[some].cpu(), SEED), seen, labels_seen)
+    save_checkpoint(best_path, **load_checkpoint(best_path) | {"model_state_dict": model.state_dict()})
+    report(model, test, views)
+
+
+def check_data(train: NpyDataset) -> None:
+    """Raises InputError for images of one class, or fewer than a batch."""
+    if len(train.classes) == 1:
+        advice = "evaluation takes the features of a classifier of other images then, such as those of weights/"
+        raise InputError(f"{DATA_DIR} has one class, {train.classes[0]}: there is nothing to tell apart; {advice}", 2)
+    if len(train) < BATCH_SIZE:
+        what = f"--batch_size {BATCH_SIZE} is more than the {len(train)} training images of {DATA_DIR}"
+        raise InputError(f"{what}: take --batch_size {max(1, len(train) // 4)}, or add images", 2)
+
+
+def make_views(train: NpyDataset) -> Views:
+    """What the settings show of images like those of training."""
+    observer = observer_of(train, INSTRUMENT, PEAK) if INSTRUMENT else None
+    if observer:
+        print(description(INSTRUMENT, train, observer))
+    return Views(observer, (LEAST_DEPTH, MOST_DEPTH), CLEAN_SHARE, AUGMENT, MAX_SHIFT, UNLIKE_SHARE)
+
+
+def report(model: LensClassifier, test: NpyDataset, views: Views) -> None:
+    """Says how often the classifier is right on test images, whether it knows, and how many it thinks are unlike those
+    of its training; draws its confusions."""
+    images, labels, classes = test.images.cpu(), test.labels.cpu(), test.classes
+    looks = {"": views.of_all(images, SEED)}
+    if views.observer:
+        seen = views.observer(images, torch.zeros(len(images)), torch.ones(len(images)), torch.arange(len(images)))
+        looks = {f"as {INSTRUMENT} sees them": seen[0], "without noise": images}
+    for name, shown in looks.items():
+        probabilities, features = classify(model, shown)
+        _, accuracy, counts = evaluate(model, shown, labels)
+        unlike = (model.calibration.distance(features) > 1).double().mean()
+        print(
+            f"test accuracy {accuracy:.2%} {name}, calibration error {calibration_error(probabilities, labels):.3f}, "
+            f"{unlike:.1%} seem unlike those of training; rows are the true classes {', '.join(classes)}:\n"
+            f"{counts.numpy()}"
+        )
+        if name == next(iter(looks)):
+            picture = plots.confusion_matrix(counts.numpy(), classes, f"test accuracy {accuracy:.2%}")
+            plots.save(picture, Path(OUTPUT_DIR) / "confusion_matrix.png")
 
 
 def load_imagenet_weights(model: nn.Module) -> bool:
@@ -141,7 +206,8 @@ def load_imagenet_weights(model: nn.Module) -> bool:
         else:
             socket.setdefaulttimeout(20)
             weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
-        own = {"fc.weight", "fc.bias"} | (set() if model.channels in (1, 3) else {"conv1.weight"})
+        own = {name for name in model.state_dict() if name.startswith(("fc.", "kind."))}
+        own |= set() if model.channels in (1, 3) else {"conv1.weight"}
         weights = {name: value for name, value in weights.items() if name not in own}
         missing = set(model.load_state_dict(weights, strict=False).missing_keys)
         if missing != own:
@@ -164,15 +230,14 @@ def trained_layers(model: nn.Module, pretrained: bool) -> list[dict]:
         return [{"params": list(model.parameters()), "lr": SCRATCH_LEARNING_RATE}]
     model.requires_grad_(False)
     groups = [(model.layer3, LEARNING_RATE / 10), (model.layer4, LEARNING_RATE / 10), (model.fc, LEARNING_RATE)]
+    groups += [(model.kind, LEARNING_RATE)] if model.kinds else []
     return [{"params": list(layer.requires_grad_().parameters()), "lr": rate} for layer, rate in groups]
 
 
-def evaluate(model: nn.Module, dataset: NpyDataset) -> tuple[float, float, Tensor]:
+def evaluate(model: LensClassifier, images: Tensor, labels: Tensor) -> tuple[float, float, Tensor]:
     """Mean loss, accuracy and confusion matrix, rows the true classes, of a network in evaluation mode."""
-    probabilities, _ = classify(model.eval(), dataset.images)
-    labels = dataset.labels.cpu()
-    called = probabilities.argmax(1)
-    classes = len(dataset.classes)
+    probabilities, _ = classify(model.eval(), images)
+    called, classes = probabilities.argmax(1), len(model.classes)
     counts = torch.bincount(labels * classes + called, minlength=classes**2).view(classes, -1)
     loss = F.nll_loss(probabilities.clamp_min(1e-12).log(), labels).item()
     return loss, (called == labels).float().mean().item(), counts
