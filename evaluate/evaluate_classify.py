@@ -3,8 +3,9 @@
     python evaluate/evaluate_classify.py --npy_path generated_npy/axion/0.npy
     python evaluate/evaluate_classify.py --npy_path generated_npy          # a folder: a table and the accuracy
 
-The images may be of any range; each is scaled to [0, 1] first, as in training. A file may be of any kind that training
-takes, also a stack, whose images are called name.npy#0, name.npy#1, ...
+A third line, or a column, says which images are unlike those that the classifier was trained on, and how. The images
+may be of any range; each is scaled to [0, 1] first, as in training. A file may be of any kind that training takes, also
+a stack, whose images are called name.npy#0, name.npy#1, ...
 """
 
 import sys
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
 from dataset import KINDS, LensImage, is_image_file, is_table, read_entries, read_labels, stem_of
-from models.classifier import classify, load_classifier
+from models.classifier import classify, load_classifier, unlikeness
 from settings import InputError
 
 NPY_PATH: str | None = None  # An image, or a folder of images; those in folders with the names of classes are scored
@@ -46,18 +47,22 @@ def main() -> None:
     for problem in problems:
         print(f"{problem}: skipped")
     if list(images) == [path.name] and not path.is_dir():
-        probabilities, _ = classify(model, images[path.name][None])
+        probabilities, features = classify(model, images[path.name][None])
         confidence, index = probabilities[0].max(0)
         print(f"Predicted Class: '{model.classes[index]}' (Index: {index})")
         print(f"Confidence: {confidence:.4f}")
+        if kind := unlikeness(model, features)[0]:
+            print(f"Unlike the images that this classifier was trained on ({kind}): do not trust it here")
         return
     found = {}
     for shape in {image.shape for image in images.values()}:  # the classifier resizes all of one size at once
         names = [name for name, image in images.items() if image.shape == shape]
-        found |= dict(zip(names, classify(model, torch.stack([images[name] for name in names]))[0], strict=True))
-    confidences, indices = torch.stack([found[name] for name in images]).max(1)
+        probabilities, features = classify(model, torch.stack([images[name] for name in names]))
+        found |= dict(zip(names, zip(probabilities, unlikeness(model, features), strict=True), strict=True))
+    confidences, indices = torch.stack([found[name][0] for name in images]).max(1)
     called = [model.classes[index] for index in indices]
-    print_table(true, called, confidences.tolist(), model.classes)
+    kinds = [found[name][1] for name in images] if model.calibration else None
+    print_table(true, called, confidences.tolist(), model.classes, kinds)
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -88,13 +93,22 @@ def true_class(top: Path, file: Path, is_stack: bool, classes: tuple[str, ...]) 
 
 
 def print_table(
-    true: dict[str, str | None], called: list[str], confidences: list[float], classes: tuple[str, ...]
+    true: dict[str, str | None],
+    called: list[str],
+    confidences: list[float],
+    classes: tuple[str, ...],
+    kinds: list[str] | None,
 ) -> None:
-    """A line for each image, then the accuracy of each class, as far as it is known of images, by name."""
+    """A line for each image, then the accuracy of each class, as far as it is known of images, by name.
+
+    ``kinds`` says how images are unlike those of training, None where the classifier does not know.
+    """
     width, column = max(map(len, true)), max(map(len, ("predicted", *classes)))
-    print(f"{'file':{width}}  {'predicted':{column}}  confidence")
-    for file, name, confidence in zip(true, called, confidences, strict=True):
-        print(f"{file:{width}}  {name:{column}}  {confidence:.4f}")
+    print(f"{'file':{width}}  {'predicted':{column}}  confidence" + ("  unlike its training" if kinds else ""))
+    for file, name, confidence, kind in zip(true, called, confidences, kinds or [""] * len(called), strict=True):
+        print(f"{file:{width}}  {name:{column}}  {confidence:.4f}      {kind}".rstrip())
+    if kinds:
+        print(f"Unlike its training images: {sum(map(bool, kinds))} of {len(kinds)}")
     for of in classes:
         right = [name == of for name, of_file in zip(called, true.values(), strict=True) if of_file == of]
         if right:

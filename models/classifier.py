@@ -146,6 +146,24 @@ def classify(
 
 
 @torch.inference_mode()
+def unlikeness(model: LensClassifier, features: Tensor) -> list[str]:
+    """How images with features (n, 512) are unlike those that a classifier was trained on.
+
+    A name of ``kinds`` where it was shown such images, else "unlike"; "" for an image that is like them, and for all
+    where there is no ``calibration``.
+    """
+    if model.calibration is None:
+        return [""] * len(features)
+    features = features.to(model.fc.weight.device)
+    far = model.calibration.distance(features) > 1
+    if not model.kinds:
+        return ["unlike" if is_far else "" for is_far in far.tolist()]
+    names = ("unlike", *model.kinds[1:])
+    kinds = model.kind(features).argmax(1)
+    return [names[kind] if is_far or kind else "" for is_far, kind in zip(far.tolist(), kinds.tolist(), strict=True)]
+
+
+@torch.inference_mode()
 def calibrate(model: LensClassifier, train: Tensor, validation: Tensor, labels: Tensor) -> None:
     """Finds the ``calibration`` of a trained classifier.
 

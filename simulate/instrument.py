@@ -107,10 +107,10 @@ class Observation:
         return light + (variance / depth).sqrt() * noise
 
 
-def seeded_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers (n, *shape): those of each image follow from its seed alone, (n,) int64."""
-    generator = torch.Generator()
-    return torch.stack([torch.randn(shape, generator=generator.manual_seed(int(seed))) for seed in seeds])
+def seeded_noise(seed: int, numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers (n, *shape): those of an image follow from the seed and its number alone, (n,) int64."""
+    streams = (np.random.default_rng([seed, number]) for number in numbers.tolist())
+    return torch.from_numpy(np.stack([stream.standard_normal(shape, np.float32) for stream in streams]))
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Observer:
         brightness = self.unit * (high - low) if self.peak is None else torch.full_like(high, self.peak)
         light = images * brightness.to(images).view(-1, 1, 1, 1)
         if random is None:
-            noise = seeded_noise(numbers + (self.seed << 32), images.shape[1:])
+            noise = seeded_noise(self.seed, numbers, images.shape[1:])
         else:
             noise = torch.randn(images.shape, generator=random, device=random.device)
         seen = self.observation(light, noise.to(images.device), depth)

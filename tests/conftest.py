@@ -33,6 +33,14 @@ def save_nothing(figure: object, path: Path) -> None:
         pass
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_trainings():
+    """The classifiers that show the use of generated images learn next to nothing, but where a test is of them."""
+    from metrics import usefulness
+
+    usefulness._STEPS, usefulness.SEEDS = 2, 2
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     """Runs a script that fills a folder of a name, once for all processes of pytest; returns the folder."""

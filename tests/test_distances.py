@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from scipy.stats import multivariate_normal, wasserstein_distance
+from scipy.stats import kstest, multivariate_normal, wasserstein_distance
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -176,3 +176,27 @@ def test_fld_does_not_depend_on_the_order_of_the_training_images():
     mixed = train[torch.randperm(200, generator=random)]
     by_class, in_any_order = (distances.feature_likelihood_divergence(x, test, other)[0] for x in (train, mixed))
     assert by_class == pytest.approx(in_any_order, abs=10)
+
+
+def test_the_p_values_of_pqmass_are_uniform_for_one_distribution_alone():
+    """Of 60 independent pairs of samples, where it takes one p-value of each; and by a shift too small to see."""
+    random = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 60, 300, 6, generator=random)
+    same = [distances.pqmass(x, y, 1, seed)[0] for seed, (x, y) in enumerate(zip(a, b, strict=True))]
+    assert kstest(same, "uniform").pvalue > 0.01
+    apart = [distances.pqmass(x, y + 0.6, 1, seed)[0] for seed, (x, y) in enumerate(zip(a, b, strict=True))]
+    assert np.median(apart) < 1e-3
+
+
+def test_pqmass_is_reproducible_and_leaves_the_numbers_of_others_alone():
+    a, b = torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(0))
+    np.random.seed(3)  # noqa: NPY002
+    torch.manual_seed(3)
+    expected = np.random.random(), torch.rand(())  # noqa: NPY002
+    np.random.seed(3)  # noqa: NPY002
+    torch.manual_seed(3)
+    first = distances.pqmass(a, b)
+    assert len(first) == 10
+    assert (np.random.random(), torch.rand(())) == expected  # noqa: NPY002
+    assert distances.pqmass(a, b) == first
+    assert distances.pqmass(a[:15], b[:15]) == []
