@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from dataset import normalize
 from models import flow
 from models.layers import FinalLayer, LabelEmbedder, Mlp, ModulatedNetwork, TimestepEmbedder, modulate
-from models.noise import NoiseLaw, noise_level
+from models.noise import NoiseLaw
 
 _LIGHT = 0.2153  # root mean square that images are scaled to; simulated lenses in [-1, 1] have it on average
 _FAINTEST = 0.2  # of the brightest component: with less, the bright ones are learned too late
-# What components leave over is noise, and not faint structure, when it is more than this share of the light, and when
-# more than this share of its power is there at the highest frequencies (from a share of the largest on) or in the sky
-_NOISY, _WHITE, _HIGHEST = 0.02, 0.1, 0.8
-EXTRA = 2  # coefficients of a noisy image beside those of its components
+# What components leave over is noise, and not faint structure, when more than a tenth of its power is there in the sky,
+# where there is no light, or at the highest frequencies (from a share of the largest on); the latter are told from
+# structure only where they are more than 2% of the light
+_WHITE, _HIGHEST, _IN_SKY, _NOISY = 0.1, 0.8, 0.001, 0.02
+EXTRA = 3  # coefficients of a noisy image beside those of its components
+_QUARTER = 4  # the faintest and the brightest part of an image, on average, are so many of all pixels
 _LEADING, _OCTAVES = 5, 4  # components that the network also sees as Fourier features, and wavelengths of each
 
 
@@ -31,8 +33,8 @@ class PrincipalComponents(nn.Module):
 
     The vectors are orthonormal, so Gaussian noise in pixels is Gaussian noise in coefficients, and the flow is the same
     in both. Noise of the images themselves is more than components can hold: what they leave over is drawn anew by a
-    ``NoiseLaw``, and two more coefficients are how noisy an image is and how bright its brightest pixel, by which all
-    others are scaled.
+    ``NoiseLaw``, and three more coefficients are how noisy the sky and the light of an image are and how bright its
+    brightest pixel, by which all others are scaled.
 
     Args:
         image_shape: (c, h, w).
@@ -57,8 +59,9 @@ class PrincipalComponents(nn.Module):
         self.standard_deviation = nn.Parameter(torch.ones(size + EXTRA * noisy), requires_grad=False)
         # Root mean square of the light of all images, where it is not scaled to the same in each
         self.brightness = nn.Parameter(torch.tensor(1.0), requires_grad=False) if keeps_flux else None
-        # Mean and deviation of the logarithms of noise level and brightest pixel
-        self.extra = nn.Parameter(torch.tensor([[0.0, 0.0], [1.0, 1.0]]), requires_grad=False) if noisy else None
+        # Mean and deviation of the logarithms of noise levels and brightest pixel
+        extra = torch.tensor([[0.0] * EXTRA, [1.0] * EXTRA])
+        self.extra = nn.Parameter(extra, requires_grad=False) if noisy else None
         self.noise = NoiseLaw(image_shape) if noisy else None
 
     @classmethod
@@ -79,9 +82,8 @@ class PrincipalComponents(nn.Module):
         white = _white_noise(left.view(images.shape)) * len(light) / (len(light) - size)
         power = left.square().mean(0)
         sky = power[mean.argsort()[: len(mean) // 10]].mean()  # where there is no light, structure has none to leave
-        noisy = bool(
-            power.mean() > _NOISY**2 * light.square().mean() and max(white.mean(), sky) > _WHITE * power.mean()
-        )
+        share, least = power.mean() / light.square().mean(), _WHITE * power.mean()
+        noisy = bool((sky > least and share > _IN_SKY**2) or (white.mean() > least and share > _NOISY**2))
         if noisy:
             vectors, coefficients, left = fit(_without_noise((light - mean).view(images.shape), white).flatten(1))
         codec = cls(images.shape[1:], size, noisy, keeps_flux)
@@ -96,7 +98,7 @@ class PrincipalComponents(nn.Module):
 
     def _fit_noise(self, light: Tensor, left: Tensor) -> None:
         """Sets noise law and noise level by light (n, pixels) and what the components leave over of it."""
-        extra = _extra(light, left)
+        extra = self._extra(light, left)
         self.extra.copy_(torch.stack([extra.mean(0), extra.std(0).clamp_min(1e-3)]))
         self.standard_deviation[-EXTRA:] = self.standard_deviation[0]  # as important as the brightest component
         # ``decode`` draws noise around a smooth part that it takes that noise's own components off. The law is learned
@@ -104,7 +106,7 @@ class PrincipalComponents(nn.Module):
         share = self.vectors.square().sum(1).clamp_max(0.95)
         sign = torch.randint(2, left.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
         smooth = light - left - (sign * left / (1 - share).sqrt()) @ self.vectors @ self.vectors.T
-        self.noise.fit(self._as_images(light), self._as_images(smooth), noise_level(left))
+        self.noise.fit(self._as_images(light), self._as_images(smooth), extra[:, :2].exp())
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (n, c, h, w) in [-1, 1] to coefficients (n, size), or (n, size + EXTRA) of noisy ones."""
@@ -113,7 +115,7 @@ class PrincipalComponents(nn.Module):
         if self.noise is None:
             return coefficients
         mean, deviation = self.extra
-        extra = _extra(light, light - self.mean - coefficients @ self.vectors.T)
+        extra = self._extra(light, light - self.mean - coefficients @ self.vectors.T)
         return torch.cat([coefficients, (extra - mean) / deviation * self.standard_deviation[-EXTRA:]], 1)
 
     def decode(self, coefficients: Tensor, white: Tensor | None = None) -> Tensor:
@@ -129,12 +131,23 @@ class PrincipalComponents(nn.Module):
         else:
             mean, deviation = self.extra
             extra = coefficients[:, -EXTRA:] / self.standard_deviation[-EXTRA:] * deviation + mean
-            level, peak = extra.exp().unbind(1)
+            level, peak = extra.exp().split([2, 1], 1)
             noise = self.noise.draw(self._as_images(smooth), level, white).flatten(1) - smooth
             # The coefficients hold the noise within the components already: it is taken off, not to come twice
             smooth = smooth - noise @ self.vectors @ self.vectors.T
             light = _between(self.noise.draw(self._as_images(smooth), level, white), self.brightness is None, peak)
         return normalize(light) if self.brightness is None else light * (self.brightness / _light_of(light.shape) / 2)
+
+    def _extra(self, light: Tensor, left: Tensor) -> Tensor:
+        """Logarithms of two noise levels and of the brightest pixel, (n, EXTRA), of light (n, pixels) of which
+        components leave ``left`` over.
+
+        The levels are those of the pixels that are faintest and brightest on average: structure that is left over adds
+        to the noise of the light, and not to that of the sky.
+        """
+        order, part = self.mean.argsort(), len(self.mean) // _QUARTER
+        levels = [left[:, pixels].square().mean(1).sqrt() for pixels in (order[:part], order[-part:])]
+        return torch.stack([*levels, light.amax(1)], 1).clamp_min(1e-6).log()
 
     def _as_images(self, light: Tensor) -> Tensor:
         return light.view(-1, *self.image_shape)
@@ -145,17 +158,11 @@ class PrincipalComponents(nn.Module):
         return errors / (deviation.square() + (_FAINTEST * deviation[0]).square()).sqrt()
 
 
-def _extra(light: Tensor, left: Tensor) -> Tensor:
-    """Logarithms of the noise level and of the brightest pixel, (n, EXTRA), of light (n, pixels) of which components
-    leave ``left`` over."""
-    return torch.stack([noise_level(left), light.amax(1)], 1).clamp_min(1e-6).log()
-
-
 def _between(light: Tensor, from_zero: bool, peak: Tensor) -> Tensor:
-    """Light (n, c, h, w) whose brightest pixel is as bright as ``peak`` (n,) says, and whose faintest one is 0 where
+    """Light (n, c, h, w) whose brightest pixel is as bright as ``peak`` (n, 1) says, and whose faintest one is 0 where
     images are scaled by these two."""
     flat = light.flatten(1)
-    found = flat.minimum(peak[:, None]).scatter(1, flat.argmax(1, keepdim=True), peak[:, None])
+    found = flat.minimum(peak).scatter(1, flat.argmax(1, keepdim=True), peak)
     return (found.scatter(1, flat.argmin(1, keepdim=True), 0.0) if from_zero else found).view_as(light)
 
 

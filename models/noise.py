@@ -5,13 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _LEVELS, _BRIGHTNESSES, _SCORES = 8, 96, 49  # knots of the law
+_AROUND = 3  # pixels on a side, whose mean is the brightness of the one in the middle
+_SKY_ENDS = 2.3, 3.2  # between these brightnesses, see ``_brightness``, a pixel turns from sky to light
 _FARTHEST = 4.0  # normal score of the last knot: 1 in 30,000 pixels lies beyond it
 _FEWEST, _TAIL = 50, 5  # pixels that quantiles are taken of, and that a quantile leaves beyond it
 _IMAGES, _FIELDS = 2048, 256  # that quantiles and correlations are fitted to, at most
 
 
 class NoiseLaw(nn.Module):
-    """Distribution of a pixel, given its smooth brightness and the noise level of its image; and how pixels correlate.
+    """Distribution of a pixel, given its smooth brightness and the noise levels of its image; and how pixels correlate.
+
+    Levels are (n, 2): of the sky and of light, each in units of which pixels there are described.
 
     A Gaussian copula (Sklar 1959): a field of correlated normal scores, of which each pixel is taken to the quantile of
     its score. Quantiles hold whatever a detector does, such as a sky clipped at 0 or shot noise, without a model of it.
@@ -23,54 +27,57 @@ class NoiseLaw(nn.Module):
     def __init__(self, image_shape: tuple[int, ...]):
         super().__init__()
         c, h, w = image_shape
-        self.level_ends = nn.Parameter(torch.zeros(2), requires_grad=False)  # logarithms of the first and last knot
+        self.level_ends = nn.Parameter(torch.zeros(2, 2), requires_grad=False)  # logarithms of first and last knots
         self.brightness_ends = nn.Parameter(torch.zeros(c, 2), requires_grad=False)  # see ``_brightness``
         self.quantiles = nn.Parameter(torch.zeros(c, _LEVELS, _BRIGHTNESSES, _SCORES), requires_grad=False)
         self.least = nn.Parameter(torch.zeros(c), requires_grad=False)  # that a pixel can be
         self.amplitude = nn.Parameter(torch.ones(c, h, w // 2 + 1), requires_grad=False)  # of the field's waves
 
     def fit(self, images: Tensor, smooth: Tensor, level: Tensor) -> None:
-        """Learns the law from images (n, c, h, w), their smooth parts (n, c, h, w) and their noise levels (n,)."""
+        """Learns the law from images (n, c, h, w), their smooth parts (n, c, h, w) and their noise levels (n, 2)."""
         images, smooth, level = images[:_IMAGES], smooth[:_IMAGES], level[:_IMAGES]
-        self.level_ends.copy_(level.quantile(torch.tensor([0.01, 0.99])).log() + torch.tensor([0, 1e-3]))
+        self.level_ends.copy_(level.quantile(torch.tensor([0.01, 0.99]), 0).log() + torch.tensor([[0], [1e-3]]))
         brightness = _brightness(smooth, level)
         ends = brightness.movedim(1, 0).flatten(1)
         self.brightness_ends.copy_(torch.stack([ends.amin(1), ends.amax(1) + 1e-3], 1))
         at_level, at_brightness = (part.round().long() for part in self._knots(brightness, level))
-        bins = at_level[:, None, None, None] * _BRIGHTNESSES + at_brightness
+        bins = at_level * _BRIGHTNESSES + at_brightness
         self.least.copy_(images.amin((0, 2, 3)))
-        relative = images / level.view(-1, 1, 1, 1)
+        relative = (images - _known(smooth, brightness)) / _unit(level, brightness)
         for of_channel, values, bins_of, (low, high) in zip(
             self.quantiles, relative.unbind(1), bins.unbind(1), self.brightness_ends, strict=True
         ):
-            of_channel.copy_(_quantiles(values, bins_of, torch.linspace(low, high, _BRIGHTNESSES).sinh()))
+            of_channel.copy_(_quantiles(values, bins_of, torch.linspace(low, high, _BRIGHTNESSES)))
         parts = zip(images[:_FIELDS].split(16), smooth.split(16), level.split(16), strict=False)
         waves = torch.fft.fft2(torch.cat([self._scores_of(*part) for part in parts])).abs().square().mean(0)
         self.amplitude.copy_((waves / waves.mean((1, 2), keepdim=True)).sqrt()[..., : self.amplitude.shape[-1]])
 
     def draw(self, smooth: Tensor, level: Tensor, white: Tensor) -> Tensor:
-        """Noisy images (n, c, h, w) of smooth parts (n, c, h, w) and noise levels (n,), made from white Gaussian noise
-        (n, c, h, w)."""
+        """Noisy images (n, c, h, w) of smooth parts (n, c, h, w) and noise levels (n, 2), made from white Gaussian
+        noise (n, c, h, w)."""
         scores = torch.fft.irfft2(torch.fft.rfft2(white) * self.amplitude, s=white.shape[-2:])
         return self._pixels(smooth, level, scores)
 
     def _pixels(self, smooth: Tensor, level: Tensor, scores: Tensor) -> Tensor:
         """Pixels (n, c, h, w) that lie in their distribution as normal scores (n, c, h, w) do in theirs."""
-        at_level, at_brightness = self._knots(_brightness(smooth, level), level)
+        brightness = _brightness(smooth, level)
+        at_level, at_brightness = self._knots(brightness, level)
         place = [
             scores / _FARTHEST,
             2 * at_brightness / (_BRIGHTNESSES - 1) - 1,
-            (2 * at_level / (_LEVELS - 1) - 1)[:, None, None, None].expand_as(scores),
+            2 * at_level / (_LEVELS - 1) - 1,
         ]
         place = torch.stack(place, -1).movedim(1, 0).flatten(1, 2)[:, None]  # (c, 1, n * h, w, 3)
         found = F.grid_sample(self.quantiles[:, None], place, padding_mode="border", align_corners=True)
-        found = found.view(-1, *smooth.shape[:1], *smooth.shape[2:]).movedim(0, 1) * level.view(-1, 1, 1, 1)
+        found = found.view(-1, *smooth.shape[:1], *smooth.shape[2:]).movedim(0, 1)
+        found = found * _unit(level, brightness) + _known(smooth, brightness)
         return found.maximum(self.least[:, None, None])
 
     def _knots(self, brightness: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """Places of levels (n,) and brightnesses (n, c, h, w) between the knots, from 0 to their number less 1."""
+        """Places of levels (n, 2) and brightnesses (n, c, h, w) between the knots, (n, c, h, w) from 0 to their number
+        less 1; in the sky it is the sky's level that counts."""
         low, high = self.level_ends
-        at_level = (level.log() - low) / (high - low) * (_LEVELS - 1)
+        at_level = _blended((level.log() - low) / (high - low) * (_LEVELS - 1), brightness)
         low, high = self.brightness_ends.T[:, :, None, None]
         at_brightness = (brightness - low) / (high - low) * (_BRIGHTNESSES - 1)
         return at_level.clamp(0, _LEVELS - 1), at_brightness.clamp(0, _BRIGHTNESSES - 1)
@@ -89,14 +96,37 @@ class NoiseLaw(nn.Module):
         return torch.special.ndtri(torch.lerp(low, high, random))
 
 
-def noise_level(residual: Tensor) -> Tensor:
-    """Root mean square of what smooth parts leave over of images, (n, ...) to (n,)."""
-    return residual.square().flatten(1).mean(1).sqrt()
-
-
 def _brightness(smooth: Tensor, level: Tensor) -> Tensor:
-    """Smooth brightness in units of the noise level, on a scale that is linear below it and logarithmic above."""
-    return (smooth / level.view(-1, 1, 1, 1)).asinh()
+    """Smooth brightness around a pixel in units of the sky's noise, on a scale that is linear in noise and logarithmic
+    above it.
+
+    A mean over the surroundings: the noise that components hold would change it from pixel to pixel.
+    """
+    around = F.avg_pool2d(smooth, _AROUND, 1, _AROUND // 2, count_include_pad=False)
+    return (around / level[:, 0].view(-1, 1, 1, 1)).asinh()
+
+
+def _is_light(brightness: Tensor) -> Tensor:
+    """0 in the sky, 1 in light, and between the two in between."""
+    low, high = _SKY_ENDS
+    return ((brightness - low) / (high - low)).clamp(0, 1)
+
+
+def _blended(of_both: Tensor, brightness: Tensor) -> Tensor:
+    """Of two numbers of each image (n, 2), that of the sky where a pixel is sky and that of light where it is light."""
+    sky, light = of_both[:, :, None, None, None].unbind(1)
+    return torch.lerp(sky.expand_as(brightness), light.expand_as(brightness), _is_light(brightness))
+
+
+def _unit(level: Tensor, brightness: Tensor) -> Tensor:
+    """Noise level of each pixel, (n, c, h, w), in units of which it is described."""
+    return _blended(level.log(), brightness).exp()
+
+
+def _known(smooth: Tensor, brightness: Tensor) -> Tensor:
+    """What pixels are described as deviations from: nothing in the sky, which a detector may cut off at 0, and the
+    smooth brightness in light, where knots are farther from each other than noise is wide."""
+    return smooth * _is_light(brightness)
 
 
 def _quantiles(values: Tensor, bins: Tensor, brightness: Tensor) -> Tensor:
@@ -116,7 +146,8 @@ def _quantiles(values: Tensor, bins: Tensor, brightness: Tensor) -> Tensor:
     at = torch.cartesian_prod(torch.arange(_LEVELS), torch.arange(_BRIGHTNESSES))
     distance = torch.cdist(at * torch.tensor([2.0, 1.0]), filled * torch.tensor([2.0, 1.0]))
     level, nearest = filled[distance.argmin(1)].T
-    shift = (brightness[at[:, 1]] - brightness[nearest]).clamp_min(0)  # a sky may be clipped at 0
+    unknown = brightness.sinh() * (1 - _is_light(brightness))
+    shift = (unknown[at[:, 1]] - unknown[nearest]).clamp_min(0)  # a sky may be clipped at 0
     return (found[level, nearest] + shift[:, None]).view_as(found)
 
 

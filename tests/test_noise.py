@@ -70,13 +70,21 @@ def test_noise_of_generated_images_is_that_of_others_of_the_same_kind(codec_and_
     assert (again[bright] - images[bright]).std() < 2.5 * (images[bright]).std()
 
 
+@pytest.mark.parametrize(("deviation", "noisy"), [(0.0, False), (0.0006, True), (0.003, True)])
+def test_the_faint_noise_of_a_telescope_is_found_and_clean_light_has_none(deviation, noisy):
+    """From that of Hubble on, 0.06% of the peak; components hold some of it, but not what is in the sky."""
+    light = smooth_images(1500)
+    light = light + deviation * torch.randn(light.shape, generator=torch.Generator().manual_seed(0))
+    assert PrincipalComponents.fitted(2 * normalize(light) - 1, 48).config == ({"noisy": True} if noisy else {})
+
+
 @pytest.mark.parametrize("kind", ["clipped", "correlated"])
 def test_the_noise_level_of_an_image_is_a_coefficient(kind):
     light = smooth_images(2000)
     images = normalize(noise_of(kind, light, seed=1))
     codec = PrincipalComponents.fitted(2 * images - 1, 16)
     coefficients = codec.encode(2 * images - 1)
-    assert coefficients.shape[1] == len(codec.standard_deviation) == 18
+    assert coefficients.shape[1] == len(codec.standard_deviation) == 19
     torch.testing.assert_close(coefficients[:, 16:].std(0), codec.standard_deviation[16:], rtol=0.01, atol=0)
     quiet, loud = (
         coefficients[:64].index_fill(1, torch.tensor(16), at * codec.standard_deviation[-1]) for at in (-1, 1)
@@ -126,7 +134,7 @@ def test_every_channel_has_noise_of_its_own():
 def test_a_noisy_image_depends_on_seed_and_number_alone():
     images = diffusion_transforms(noise_of("clipped", smooth_images(300), seed=1))
     codec = PrincipalComponents.fitted(images, 8)
-    network = ComponentMLP(10, hidden_size=16).eval()
+    network = ComponentMLP(11, hidden_size=16).eval()
     network.standard_deviation.copy_(codec.standard_deviation)
     model = Generator(network, LENSES, (1, SIZE, SIZE), "image", codec).eval()
     labels = torch.tensor([0, 1, 2, 0, 1])
@@ -143,7 +151,7 @@ def test_the_brightest_pixel_is_a_coefficient_too(codec_and_images):
     coefficients = codec.encode(2 * images - 1)
     light = _light(2 * images - 1)
     deviation = codec.standard_deviation[-1]
-    expected = (light.amax(1).log() - codec.extra[0, 1]) / codec.extra[1, 1] * deviation
+    expected = (light.amax(1).log() - codec.extra[0, 2]) / codec.extra[1, 2] * deviation
     torch.testing.assert_close(coefficients[:, -1], expected)
     again = codec.decode(coefficients, torch.randn(images.shape))
     ratio = _light(2 * again - 1).amax(1) / light.amax(1)
