@@ -31,7 +31,7 @@ def main() -> None:
     plain = {name: content[name] for name in _KEPT if name in content}
     if "image_size" in content:
         network = load_classifier(CHECKPOINT_PATH)
-        plain |= {"image_size": network.image_size, "classes": list(network.classes), "channels": network.channels}
+        plain |= network.description()
         weights = network.state_dict()
     else:
         network = build_generator(content, CHECKPOINT_PATH)
