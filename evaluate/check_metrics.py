@@ -23,13 +23,16 @@ from files import claim
 from metrics.report import with_deviation
 from metrics.score import Reference, apart, check_match, fewest, subsets_of, titles_of
 from models.classifier import load_classifier
-from settings import Count, InputError, Splits, Whole
+from settings import Count, InputError, Positive, Splits, Whole
+from simulate.instrument import INSTRUMENTS, observers_of
 
 DATA_DIR: str = "data"  # Folder with a folder of images for each class
 OUTPUT_DIR: str = "metric_check"  # Where the broken images go
 CLASSIFIER_PATH: str = settings.first_there(  # Gives the lens features; the repository's if none was trained here
     "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
 )
+INSTRUMENT: Literal[(None, *INSTRUMENTS)] = None  # Looks at noise-free images, real and broken, with this telescope
+PEAK: Positive | None = None  # Counts per second of the brightest pixel, for INSTRUMENT; None takes it from the files
 CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
 IMAGES_PER_CLASS: Count = 1000  # As many as half of the test or all of the validation images if these are fewer
 NUM_SPLITS: Splits = 10  # Random halves of the real images, for floors and their deviation
@@ -59,10 +62,11 @@ def main() -> None:
         raise InputError(f"{DATA_DIR}: too few images of a class; add images")
     classifier = load_classifier(CLASSIFIER_PATH, settings.pick_device(DEVICE))
     check_match(test, {CLASSIFIER_PATH: classifier})
-    reference = Reference(test, train, count, classifier, seed=SEED)
+    of_test, of_train, of_broken = observers_of(test, INSTRUMENT, PEAK, SEED, 3)
+    reference = Reference(test.observed(of_test), train.observed(of_train), count, classifier, seed=SEED)
     folders = write_broken(Path(OUTPUT_DIR), train, val, count, SEED)
     found = {
-        name: reference.score(name, NpyDataset(folder), NUM_SPLITS, SEED).metrics
+        name: reference.score(name, NpyDataset(folder).observed(of_broken), NUM_SPLITS, SEED).metrics
         for name, folder in tqdm(folders.items(), "broken generators", leave=False)
     }
     print(f"\n{count} images a class, {NUM_SPLITS} splits; bold: one in a thousand would be so far from the floor\n")

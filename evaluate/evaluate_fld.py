@@ -23,7 +23,7 @@ from models import generated_folder
 from models.generator import Generator, generate_image, load_model  # noqa: F401
 from scaling import Scaling
 from settings import Count, Guidance, InputError, Positive, Splits, Steps, Whole
-from simulate.instrument import INSTRUMENTS, Observer, description, observer_of
+from simulate.instrument import INSTRUMENTS, Observer, observers_of
 
 DATA_DIR: str = "data"  # Folder with a folder of images for each class: its test images are the reference
 REAL_DIR: str | None = None  # Another such folder of real images, in its place
@@ -129,12 +129,8 @@ def views(real: NpyDataset) -> list[tuple[str, list[Observer | None]]]:
 
     Each has noise of its own.
     """
-    if INSTRUMENT is None:
-        return [("", [None] * 4)]
-    observers = [observer_of(real, INSTRUMENT, PEAK, 4 * SEED + k) for k in range(4)]
-    print(description(INSTRUMENT, real, observers[0]))
-    found = [(f", as {INSTRUMENT} sees it", observers)]
-    return [*found, (", noise-free", [None] * 4)] if BESIDE else found
+    found = [(f", as {INSTRUMENT} sees it" if INSTRUMENT else "", observers_of(real, INSTRUMENT, PEAK, SEED, 4))]
+    return [*found, (", noise-free", [None] * 4)] if INSTRUMENT and BESIDE else found
 
 
 def check_places() -> None:

@@ -179,6 +179,20 @@ def observer_of(dataset: NpyDataset, name: str, peak: float | None = None, seed:
     return Observer(observation, peak, unit, seed)
 
 
+def observers_of(
+    dataset: NpyDataset, name: str | None, peak: float | None, seed: int, count: int
+) -> list[Observer | None]:
+    """``observer_of`` for several sets of images, each with noise of its own; says what the instrument does to them.
+
+    Without the name of an instrument, nothing looks at them.
+    """
+    if name is None:
+        return [None] * count
+    observers = [observer_of(dataset, name, peak, count * seed + number) for number in range(count)]
+    print(description(name, dataset, observers[0]))
+    return observers
+
+
 def description(name: str, dataset: NpyDataset, observer: Observer) -> str:
     """What an instrument does to images, in a sentence."""
     seen, bright = observer.observation, observer.peak or observer.unit * float(np.median(dataset.high - dataset.low))

@@ -1,4 +1,4 @@
-"""A classifier that knows: probabilities that are right on average, and images that are unlike those of its training."""
+"""A classifier that knows: probabilities that are right on average, and images unlike those of its training."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
 
 from dataset import NpyDataset
 from models.checkpoint import load_checkpoint
@@ -66,14 +66,10 @@ def test_the_temperature_is_that_of_labels_drawn_at_another_one(network):
 def test_images_like_those_of_training_are_near_and_others_far(network):
     train, val, test = blobs(1000, 1), blobs(1000, 2), blobs(1000, 3)
     calibrate(network, train, val, torch.randint(2, (1000,), generator=torch.Generator().manual_seed(0)))
+    wide, noise = blobs(200, 4, 8.0), torch.rand(200, 1, 32, 32)
     distance = {
         name: network.calibration.distance(classify(network, images, show_progress=False)[1])
-        for name, images in {
-            "val": val,
-            "test": test,
-            "wide": blobs(200, 4, 8.0),
-            "noise": torch.rand(200, 1, 32, 32),
-        }.items()
+        for name, images in {"val": val, "test": test, "wide": wide, "noise": noise}.items()
     }
     assert (distance["val"] > 1).double().mean().item() == pytest.approx(0.01, abs=0.002)
     assert (distance["test"] > 1).double().mean() < 0.03
@@ -158,14 +154,10 @@ def test_it_says_what_it_knows_of_an_image(observed, lens_data, tmp_path, capsys
 
 
 def test_a_classifier_of_before_says_two_lines(lens_data, capsys):
-    weights = "weights/resnet18_lens.safetensors"
-    from conftest import ROOT
-
-    run_script(
-        "evaluate/evaluate_classify.py", "--model_path", ROOT / weights, "--npy_path", lens_data / "cdm" / "0.npy"
-    )
+    weights = ROOT / "weights" / "resnet18_lens.safetensors"
+    run_script("evaluate/evaluate_classify.py", "--model_path", weights, "--npy_path", lens_data / "cdm" / "0.npy")
     assert len(capsys.readouterr().out.strip().splitlines()) == 2
-    run_script("evaluate/evaluate_classify.py", "--model_path", ROOT / weights, "--npy_path", lens_data / "cdm")
+    run_script("evaluate/evaluate_classify.py", "--model_path", weights, "--npy_path", lens_data / "cdm")
     assert "unlike" not in capsys.readouterr().out.lower()
 
 

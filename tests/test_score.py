@@ -15,6 +15,7 @@ from metrics.score import Reference, apart, check_match, halves, titles_of
 from models.checkpoint import save_checkpoint
 from models.classifier import build_classifier, load_classifier
 from settings import InputError
+from simulate.instrument import observers_of
 from simulate.recipes import MODEL_II
 
 CLASSES = MODEL_II.classes
@@ -267,3 +268,25 @@ def test_the_script_prints_the_table(many_lenses, tmp_path, capsys):
         run_script("evaluate/check_metrics.py", *flags, "--images_per_class", 3, "--num_splits", 2, "--device", "cpu")
     assert f"{tmp_path} was not made here: it holds blurred/, copies/" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_broken_is_caught_through_a_telescope_too(many_lenses, tmp_path, monkeypatch):
+    """Copies of training images have noise of their own, and are near to them all the same."""
+    monkeypatch.setattr(two_sample, "_STEPS", 80)
+    train, val, test = (NpyDataset(many_lenses, None, part) for part in ("train", "val", "test"))
+    of_test, of_train, of_broken = observers_of(test, "euclid", None, 0, 3)
+    reference = Reference(test.observed(of_test), train.observed(of_train), COUNT, load_classifier(CLASSIFIER))
+    folders = check_metrics.write_broken(tmp_path, train, val, COUNT, seed=0)
+    found = {
+        name: reference.score(name, NpyDataset(folders[name]).observed(of_broken), 2, seed=0).metrics
+        for name in ("real", "blurred", "copies", "one_image")
+    }
+    assert one_or_two_images(found["real"]["copy_share"]["overall"])
+    assert found["copies"]["copy_share"]["overall"]["value"] > 0.3
+    for name in ("blurred", "one_image"):
+        assert found[name]["two_sample_accuracy"]["overall"]["value"] > 0.9, name
+    assert found["one_image"]["pqmass"]["overall"]["value"] < 0.01
+    assert found["real"]["pqmass"]["overall"]["value"] > 0.1
+    assert fires(found["blurred"]["power_16_32"]["overall"])
+    assert not fires(found["real"]["power_16_32"]["overall"])
+    assert all(metrics["lens_residual"]["overall"]["value"] is None for metrics in found.values())
