@@ -107,8 +107,6 @@ def print_table(
     print(f"{'file':{width}}  {'predicted':{column}}  confidence" + ("  unlike its training" if kinds else ""))
     for file, name, confidence, kind in zip(true, called, confidences, kinds or [""] * len(called), strict=True):
         print(f"{file:{width}}  {name:{column}}  {confidence:.4f}      {kind}".rstrip())
-    if kinds:
-        print(f"Unlike its training images: {sum(map(bool, kinds))} of {len(kinds)}")
     for of in classes:
         right = [name == of for name, of_file in zip(called, true.values(), strict=True) if of_file == of]
         if right:

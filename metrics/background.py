@@ -43,6 +43,9 @@ class Lenses:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def counts(self) -> dict[str, int]:
+        return dict(zip(self.classes, torch.bincount(self.labels).tolist(), strict=True))
+
     def read(self, index: Tensor, random: torch.Generator | None = None) -> Tensor:
         return self.images[index]
 

@@ -158,13 +158,13 @@ def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, f
 
 def pqmass(real: Tensor, other: Tensor, repetitions: int = 10, seed: int = 0) -> list[float]:
     """p-values of PQMass (Lemos et al. 2024, arXiv:2402.04355), which needs no features: uniform if two samples (n, d)
-    are of one distribution, near 0 if not. Nothing for fewer than 20 images.
+    are of one distribution, near 0 if not. Nothing for fewer than 50 images.
 
     The space is divided by the nearest of up to 100 images, other ones each time, and the numbers of both samples in
     each cell are compared by a chi-squared test.
     """
     cells = min(100, len(real) // 10)
-    if cells < 2:
+    if cells < 5:
         return []
     state = np.random.get_state()  # noqa: NPY002, pqm takes the numbers of everybody
     with torch.random.fork_rng(devices=[]):

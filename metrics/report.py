@@ -203,7 +203,7 @@ def _heads(names: Sequence[str], columns: int = 1) -> str:
 def with_deviation(name: str, metric: dict[str, Any], key: str) -> str:
     """The "value" or "floor" of a metric with its 95% interval, where it has one, or else its standard deviation."""
     if metric[key] is None:
-        return "–"
+        return number(name, None)
     if key == "value" and "interval" in metric:
         return f"{number(name, metric[key])} ({_interval(metric)})"
     return f"{number(name, metric[key])} ± {number(name, metric[f'{key}_std'], 2)}"

@@ -268,8 +268,10 @@ def ratio(metric: dict[str, Any]) -> float:
     return metric["value"] / metric["floor"] if metric["floor"] else math.inf
 
 
-def number(name: str, value: float, digits: int = 3) -> str:
-    """A value of a metric as it is printed."""
+def number(name: str, value: float | None, digits: int = 3) -> str:
+    """A value of a metric as it is printed; a dash for one that does not apply."""
+    if value is None:
+        return "–"
     return f"{value:.1%}" if name in SHARES else f"{value:.{digits}g}"
 
 

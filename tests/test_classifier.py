@@ -148,9 +148,7 @@ def test_it_says_what_it_knows_of_an_image(observed, lens_data, tmp_path, capsys
     run_script("evaluate/evaluate_classify.py", "--model_path", model, "--npy_path", lens_data / "cdm")
     table = capsys.readouterr().out.splitlines()
     assert table[0].endswith("confidence  unlike its training")
-    (line,) = (line for line in table if line.startswith("Unlike its training images: "))
-    assert int(line.split()[4]) <= 5
-    assert line.endswith("of 48")
+    assert sum(len(line.split()) > 3 for line in table[1:49]) <= 5
 
 
 def test_a_classifier_of_before_says_two_lines(lens_data, capsys):
