@@ -287,6 +287,7 @@ def test_what_is_broken_is_caught_through_a_telescope_too(many_lenses, tmp_path,
         assert found[name]["two_sample_accuracy"]["overall"]["value"] > 0.9, name
     assert found["one_image"]["pqmass"]["overall"]["value"] < 0.01
     assert found["real"]["pqmass"]["overall"]["value"] > 0.1
-    assert fires(found["blurred"]["power_16_32"]["overall"])
-    assert not fires(found["real"]["power_16_32"]["overall"])
+    power = {name: metrics["power_16_32"]["overall"] for name, metrics in found.items()}
+    assert power["blurred"]["value"] > 3 * power["blurred"]["floor"]
+    assert power["real"]["value"] < 2 * power["real"]["floor"]
     assert all(metrics["lens_residual"]["overall"]["value"] is None for metrics in found.values())
