@@ -63,3 +63,16 @@ def test_the_answer_is_by_class_and_reproducible():
     assert right[of_class == 0].double().mean() < 0.75
     again, _ = c2st(read(a), read(b), labels, seed=1)
     assert torch.equal(right, again)
+
+
+def test_it_learns_from_fresh_noise_and_is_tested_on_the_noise_of_each_image():
+    images, asked = blobs(40, 0, size=16), []
+
+    def read_noisy(index, random):
+        asked.append((len(index), random is not None))
+        return images[index]
+
+    c2st(read_noisy, read(blobs(40, 1, size=16)), torch.zeros(40, dtype=torch.long))
+    assert asked[0] == (256, False)  # examples
+    assert all(fresh for _, fresh in asked[1:-1])
+    assert asked[-1] == (20, False)  # the held-out half

@@ -44,7 +44,7 @@ def scores():
         patch.setattr(usefulness, "FEW", (5, 20, 300))
         patch.setattr(usefulness, "SEEDS", 3)
         useful = Usefulness(Bars(300, 0), sample(Bars(100, 1)), 200)
-        return {swapped: useful.score(sample(Bars(200, 2, swapped))) for swapped in (False, True)}
+        return {swapped: useful.score(sample(Bars(150, 2, swapped))) for swapped in (False, True)}
 
 
 def test_good_images_teach_as_much_as_real_ones(scores):
