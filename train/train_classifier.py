@@ -37,7 +37,7 @@ from models.classifier import (
 )
 from models.flow import generator_of
 from settings import Count, Epochs, Fraction, InputError, Interval, NotNegative, Positive, Whole
-from simulate.instrument import INSTRUMENTS, description, observer_of
+from simulate.instrument import INSTRUMENTS, observers_of
 from train.orientations import SYMMETRIES
 from train.recipes import RECIPES
 from train.run import Run
@@ -132,7 +132,7 @@ def main() -> None:
         some, random = torch.cat(batches)[:2048].to(train.labels.device), generator_of(SEED, run.step, device)
         shown = (views.shown(train.images[part].to(device), random)[0] for part in some.split(BATCH_SIZE))
         update_bn((classifier_transforms(images, IMAGE_SIZE) for images in shown), model)
-        val_loss, val_accuracy, _ = evaluate(model, seen, labels_seen)
+        val_loss, val_accuracy, _ = evaluate(classify(model.eval(), seen)[0], labels_seen)
         # resnet18_best.pt is not there yet when the run began in another folder
         earlier = [row["val_accuracy"] for row in run.history] if best_path.exists() else []
         row = {"train_loss": run.mean("loss"), "val_loss": val_loss}
@@ -168,9 +168,7 @@ def check_data(train: NpyDataset) -> None:
 
 def make_views(train: NpyDataset) -> Views:
     """What the settings show of images like those of training."""
-    observer = observer_of(train, INSTRUMENT, PEAK) if INSTRUMENT else None
-    if observer:
-        print(description(INSTRUMENT, train, observer))
+    (observer,) = observers_of(train, INSTRUMENT, PEAK, seed=0, count=1)
     return Views(observer, (LEAST_DEPTH, MOST_DEPTH), CLEAN_SHARE, AUGMENT, MAX_SHIFT, UNLIKE_SHARE)
 
 
@@ -184,7 +182,7 @@ def report(model: LensClassifier, test: NpyDataset, views: Views) -> None:
         looks = {f"as {INSTRUMENT} sees them": seen[0], "without noise": images}
     for name, shown in looks.items():
         probabilities, features = classify(model, shown)
-        _, accuracy, counts = evaluate(model, shown, labels)
+        _, accuracy, counts = evaluate(probabilities, labels)
         unlike = (model.calibration.distance(features) > 1).double().mean()
         print(
             f"test accuracy {accuracy:.2%} {name}, calibration error {calibration_error(probabilities, labels):.3f}, "
@@ -234,10 +232,9 @@ def trained_layers(model: nn.Module, pretrained: bool) -> list[dict]:
     return [{"params": list(layer.requires_grad_().parameters()), "lr": rate} for layer, rate in groups]
 
 
-def evaluate(model: LensClassifier, images: Tensor, labels: Tensor) -> tuple[float, float, Tensor]:
-    """Mean loss, accuracy and confusion matrix, rows the true classes, of a network in evaluation mode."""
-    probabilities, _ = classify(model.eval(), images)
-    called, classes = probabilities.argmax(1), len(model.classes)
+def evaluate(probabilities: Tensor, labels: Tensor) -> tuple[float, float, Tensor]:
+    """Mean loss, accuracy and confusion matrix, rows the true classes, of probabilities (n, classes)."""
+    called, classes = probabilities.argmax(1), probabilities.shape[1]
     counts = torch.bincount(labels * classes + called, minlength=classes**2).view(classes, -1)
     loss = F.nll_loss(probabilities.clamp_min(1e-12).log(), labels).item()
     return loss, (called == labels).float().mean().item(), counts
