@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import NpyDataset
+from dataset import NpyDataset, normalize
 from settings import InputError
 from simulate.recipes import origin_of, recipe_of, scale_of
 
@@ -153,8 +153,7 @@ class Observer:
             noise = torch.randn(images.shape, generator=random, device=random.device)
         seen = self.observation(light, noise.to(images.device), depth)
         low, high = seen.amin((1, 2, 3)), seen.amax((1, 2, 3))
-        scaled = (seen - low.view(-1, 1, 1, 1)) / (high - low).view(-1, 1, 1, 1)
-        return scaled, low.double(), high.double()
+        return normalize(seen), low.double(), high.double()
 
 
 def observer_of(dataset: NpyDataset, name: str, peak: float | None = None, seed: int = 0) -> Observer:
