@@ -40,6 +40,7 @@ from settings import ROOT, InputError
 _FREE = {"DATA_DIR", "OUTPUT_DIR", "WEIGHTS_PATH", "CACHE_DIR", "RESUME", "DEVICE", "EPOCHS", "WORTH_STARTING_HOURS"}
 _OF_A_RUN = ("*_ckpts", "dit_conditional_images", "dit_conditional_npy", "training_metrics.*", "confusion_matrix.png")
 _NEEDED = {"optimizer_state_dict", "history", "settings", "step_in_epoch"}  # in a checkpoint, to go on from it
+_DRAWN_EVERY = 10  # seconds
 _SOUND, _RUNAWAY = 3, 1000  # times the loss of an untrained network: a loss is sound up to the one, lost from the other
 
 
@@ -84,6 +85,7 @@ class Run:
         self.batch_size, self.epochs = script["BATCH_SIZE"], script["EPOCHS"]
         self.resume, self.seconds = script["RESUME"], 60 * script["CHECKPOINT_SAVE_MINUTES"]
         self.saved, self.untrained, self.rate = time.monotonic(), math.inf, "LEARNING_RATE"
+        self._drawn = -math.inf
         self.today = today
         self.newest, self.state = None, None
         if self.output.exists():  # or else it is made when the run begins
@@ -209,11 +211,16 @@ class Run:
         return (self.sums["seen"] - self._seen_before) / (time.monotonic() - self._started)
 
     def end_epoch(self, row: dict[str, float], panels: list[list[str]]) -> None:
-        """Adds a row to the history and draws it, a panel for each list of columns; ``save_epoch`` comes next."""
+        """Adds a row to the history and draws it, a panel for each list of columns; ``save_epoch`` comes next.
+
+        Between the first and the last epoch, curves are drawn every few seconds at most: that takes half a second.
+        """
         self.history.append({"epoch": len(self.history) + 1} | row)
         self.done, self.sums = 0, Counter()
-        if distributed.is_main():
+        due = time.monotonic() - self._drawn > _DRAWN_EVERY or len(self.history) == self.epochs
+        if due and distributed.is_main():
             plots.training_curves(self.output, self.history, panels)
+            self._drawn = time.monotonic()
 
     def save_epoch(self, loss: float, every: int = 1, keep: int = 1, best: str | None = None) -> None:
         """Saves an epoch that is done, unless the loss of its weights is unsound.
