@@ -51,6 +51,7 @@ from image_files import (  # noqa: F401
     read_stack,
     stem_of,
 )
+from parameters import Column, read_columns
 from scaling import Scaling
 from settings import InputError
 
@@ -157,6 +158,14 @@ class NpyDataset(Dataset):
     def counts(self) -> dict[str, int]:
         """Number of images of each class."""
         return dict(zip(self.classes, torch.bincount(self.labels, minlength=len(self.classes)).tolist(), strict=True))
+
+    def columns(self, names: Iterable[str]) -> dict[str, Column]:
+        """Physical parameters of the images by name, as tables, pickled files and headers say them; see ``parameters``.
+
+        Raises:
+            InputError: for one that none of these has.
+        """
+        return read_columns(self.root_dir, self.files, self.values, tuple(names))
 
     @cached_property
     def identity(self) -> str:

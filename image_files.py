@@ -133,6 +133,20 @@ def is_stack(path: str | Path) -> bool | None:
     return None
 
 
+def read_keywords(path: str | Path, names: Sequence[str]) -> dict[str, tuple[float, str]]:
+    """Numbers in the header of the image of a FITS file, and their units in brackets before the comments; those of
+    ``names`` that it has, and none of any other file."""
+    found = {}
+    if str(path).lower().endswith(_FITS):
+        with suppress(OSError, InputError), open(path, "rb") as file, _parsing("FITS"), _hdus(file) as hdus:
+            header = _image_of(hdus).header
+            for name in names:
+                if isinstance(header.get(name), int | float):
+                    unit = re.match(r"\[(.*?)\]", header.comments[name])
+                    found[name] = float(header[name]), unit[1] if unit else ""
+    return found
+
+
 def is_table(path: str | Path) -> bool:
     """Whether a file is a sound FITS file without any image, as a catalogue is."""
     if not str(path).lower().endswith(_FITS):

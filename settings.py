@@ -69,6 +69,7 @@ NotNegative = Annotated[float, Interval(0)]
 Guidance = Annotated[float, Interval(0, 1000)]  # more has no meaning, and ends in numbers that are none
 Fraction = Annotated[float, Interval(0, 1, high_open=True)]
 InnerFraction = Annotated[float, Interval(0, 1, low_open=True, high_open=True)]
+Names = tuple[str, ...]  # as a flag, with commas between
 
 
 class InputError(Exception):
@@ -329,6 +330,9 @@ def _fault(value: Any, kind: Any, name: str = "") -> str | None:
     if get_origin(kind) is Annotated:
         number, interval = choices
         return _fault(value, number) or (None if value in interval else f"{value!r} is not a number {interval}")
+    if kind is Names:
+        fits = isinstance(value, tuple) and all(isinstance(name, str) and name for name in value)
+        return None if fits and len({*value}) == len(value) else f"{value!r} is not a list of different names"
     if kind is float and type(value) in (int, float):
         return None if math.isfinite(value) else f"{value!r} is not a finite number"
     return None if type(value) is kind else f"{value!r} is not {_KINDS[kind]}"
@@ -358,6 +362,8 @@ def _value(text: str, kind: Any) -> Any:
         return None if text == "None" else _value(text, choices[0])
     if get_origin(kind) is Annotated:
         return _value(text, choices[0])
+    if kind is Names:
+        return tuple(name.strip() for name in text.split(",")) if text.strip() else ()
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     if kind in (int, float):

@@ -86,13 +86,12 @@ def with_guidance(
     """Images of the multistep solver with guidance at times in an interval, and how many NFE each takes."""
     sampler = flow.Sampler(steps, 1.0, "multistep", "logit")
     times = flow.evaluation_times(sampler, model.standard_deviation is not None)[:-1]
-    null_label = len(model.classes)
-    velocity = flow.guided(model.along(times), null_label, scale, interval)
+    velocity = flow.guided(model.along(times), model.nothing, scale, interval)
     images = flow.sample(
         velocity,
-        labels.to(model.device),
+        model.embedded(labels.to(model.device)),
         model.sample_shape,
-        null_label,
+        model.nothing,
         sampler,
         SEED,
         standard_deviation=model.standard_deviation,

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from dataset import normalize
 from models import flow
-from models.layers import FinalLayer, LabelEmbedder, Mlp, ModulatedNetwork, TimestepEmbedder, modulate
+from models.layers import (
+    FinalLayer,
+    LabelEmbedder,
+    Mlp,
+    ModulatedNetwork,
+    ParameterEmbedder,
+    TimestepEmbedder,
+    modulate,
+)
 from models.noise import NoiseLaw
 
 _LIGHT = 0.2153  # root mean square that images are scaled to; simulated lenses in [-1, 1] have it on average
@@ -226,6 +234,7 @@ class ComponentMLP(ModulatedNetwork):
         hidden_size: width of the network.
         depth: number of residual blocks.
         num_classes: number of classes; label ``num_classes`` means no class.
+        objects: physical parameters that it can be told, see ``ParameterEmbedder``; none unless given.
 
     Attributes:
         config: the arguments, by name.
@@ -241,22 +250,24 @@ class ComponentMLP(ModulatedNetwork):
         mlp_ratio: float = 4.0,
         num_classes: int = 3,
         timestep_freq_scale: float = 1000.0,
+        objects: Sequence[Sequence[Sequence[int]]] = (),
     ):
         super().__init__()
-        self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__") and v != ()}
         self.sample_shape = (components,)
         self.standard_deviation = nn.Parameter(torch.ones(components), requires_grad=False)
         features = 2 * min(_LEADING, components) * _OCTAVES
         self.x_embedder = nn.Linear(components + features, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, timestep_freq_scale)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.p_embedder = ParameterEmbedder(objects, hidden_size) if objects else None
         self.blocks = nn.ModuleList(_Block(hidden_size, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, components)
         self.initialize()
 
-    def apply_modulated(self, z: Tensor, t: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+    def apply_modulated(self, z: Tensor, t: Tensor, modulations: Sequence[Tensor], known: Tensor | None) -> Tensor:
         x = self.x_embedder(fourier_features(z / flow.deviation(self.standard_deviation, t)))[:, None]
-        return self.through_blocks(x, modulations)[:, 0] * self.standard_deviation
+        return self.through_blocks(x, modulations, known)[:, 0] * self.standard_deviation
 
 
 class _Block(nn.Module):

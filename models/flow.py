@@ -4,7 +4,8 @@ Images x live at t = 0 and Gaussian noise at t = 1; between them z_t = (1 - t) x
 velocity that a network learns (Lipman et al. 2022, arXiv:2210.02747, Eq. 22-23; Liu et al. 2022, arXiv:2209.03003,
 Eq. 1). New images come from integrating the learned velocity from noise at t = 1 down to t = 0.
 
-Nothing here knows a network: ``velocity`` is any function of z (n, ...), t (n,) and labels (n,).
+Nothing here knows a network: ``velocity`` is any function of z (n, ...), t (n,) and a condition (n, ...), which is what
+each image is asked for: its label, say.
 """
 
 import math
@@ -45,20 +46,21 @@ def objective(
     x: Tensor,
     noise: Tensor,
     t: Tensor,
-    labels: Tensor,
+    condition: Tensor,
     prediction: str = "velocity",
     weigh: Callable[[Tensor], Tensor] = lambda error: error,
 ) -> Tensor:
     """Flow-matching loss: mean squared error of the velocity at z_t against noise - x (arXiv:2210.02747, Eq. 23).
 
     Args:
-        network: takes z_t, t and labels; its output is a velocity or a clean image, as ``prediction`` says.
+        network: takes z_t, t and condition; its output is a velocity or a clean image, as ``prediction`` says.
         x, noise: ends of the paths, (n, ...).
-        t, labels: time in [0, 1] and class of each, (n,).
+        t: time in [0, 1] of each, (n,).
+        condition: of each, (n, ...).
         weigh: linear map of the errors (n, ...) that says which of them count.
     """
     z = interpolate(x, noise, t)
-    velocity = to_velocity(network(z, t, labels).float(), z, t, prediction)
+    velocity = to_velocity(network(z, t, condition).float(), z, t, prediction)
     error = weigh(velocity - (noise - x)).square().flatten(1).mean(1)
     if prediction == "image":  # the error of the image over t, whose weight must stay finite (arXiv:2511.13720)
         error = error * (t / _T_FLOOR).clamp_max(1).square()
@@ -92,18 +94,32 @@ def drop_labels(labels: Tensor, null_label: int, probability: float, random: tor
     return labels.masked_fill(dropped, null_label)
 
 
-def guided(velocity: Velocity, null_label: int, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
+def hide(phases: Tensor, share: float, random: torch.Generator) -> Tensor:
+    """Makes parameters (n, parameters) of a share of the images unknown, NaN, so that one network serves any subset.
+
+    Half of these images lose all of them, the others each with a probability that is drawn for the image.
+    """
+    draws = torch.rand(len(phases), 2, generator=random, device=random.device)
+    kept = torch.rand(phases.shape, generator=random, device=random.device) >= draws[:, 1:]
+    kept &= draws[:, :1] >= share / 2
+    return phases.where(kept | (draws[:, :1] >= share), math.nan)
+
+
+def guided(
+    velocity: Velocity, null: Tensor | float, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+) -> Velocity:
     """Classifier-free guidance: uncond + scale * (cond - uncond), both in one batch (arXiv:2207.12598, Eq. 6).
 
-    A scale of 1 needs no unconditional evaluation and makes none, nor do times outside ``interval`` (arXiv:2404.07724).
+    ``null`` is the condition of an image that is asked for nothing. A scale of 1 needs no unconditional evaluation and
+    makes none, nor do times outside ``interval`` (arXiv:2404.07724).
     """
     if scale == 1:
         return velocity
 
-    def velocity_with_guidance(z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def velocity_with_guidance(z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         if not interval[0] <= t[0] <= interval[1]:  # a solver is at one time for all images
-            return velocity(z, t, labels)
-        both = torch.cat([labels, torch.full_like(labels, null_label)])
+            return velocity(z, t, condition)
+        both = torch.cat([condition, torch.as_tensor(null).to(condition).expand_as(condition)])
         cond, uncond = velocity(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
         return uncond + scale * (cond - uncond)
 
@@ -144,29 +160,29 @@ def start(noise: Tensor, standard_deviation: Tensor | None, t: float) -> Tensor:
     return noise if standard_deviation is None else noise * deviation(standard_deviation, _times(t, noise))
 
 
-def euler(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Tensor:
+def euler(velocity: Velocity, z: Tensor, condition: Tensor, times: list[float]) -> Tensor:
     """Integrates dz/dt = velocity along ``times``, from 1 to 0; one evaluation a step, error of order 1 / steps."""
     for t, after in pairwise(times):
-        z = z + (after - t) * velocity(z, _times(t, z), labels)
+        z = z + (after - t) * velocity(z, _times(t, z), condition)
     return z
 
 
-def heun(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Tensor:
+def heun(velocity: Velocity, z: Tensor, condition: Tensor, times: list[float]) -> Tensor:
     """As ``euler``, with the mean of the velocities at both ends of a step (arXiv:2206.00364, Algorithm 1).
 
     Two evaluations a step, but one for the last; the error falls as 1 / steps^2.
     """
     for t, after in pairwise(times):
-        slope = velocity(z, _times(t, z), labels)
+        slope = velocity(z, _times(t, z), condition)
         ahead = z + (after - t) * slope
         if after > 0:
-            slope = (slope + velocity(ahead, _times(after, z), labels)) / 2
+            slope = (slope + velocity(ahead, _times(after, z), condition)) / 2
             ahead = z + (after - t) * slope
         z = ahead
     return z
 
 
-def multistep(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float]) -> Tensor:
+def multistep(velocity: Velocity, z: Tensor, condition: Tensor, times: list[float]) -> Tensor:
     """As ``euler``, with the clean image of each step extrapolated from the two last ones, in the logarithm of the
     signal-to-noise ratio, and each step taken anew when the clean image at its end is known: UniPC-2 (Zhao et al. 2023,
     arXiv:2302.04867, Algorithms 1 and 2, B(h) = e^h - 1), of which the predictor is DPM-Solver++(2M).
@@ -177,7 +193,7 @@ def multistep(velocity: Velocity, z: Tensor, labels: Tensor, times: list[float])
     images, steps = [], []  # the two last predicted clean images, and the steps from each to the next
     straight, share = z, 0.0  # where the last step leads without a slope, and how much of the clean image it takes
     for t, after in pairwise(times):
-        image = z - t * velocity(z, _times(t, z), labels)
+        image = z - t * velocity(z, _times(t, z), condition)
         if images and steps[-1] < math.inf:  # from pure noise there is no way to correct by
             z = straight + share * _correction(image, images, steps)
         images, steps = [*images[-1:], image], [*steps[-1:], _log_snr(after) - _log_snr(t)]
@@ -256,21 +272,21 @@ def noise_images(shape: tuple[int, ...], seed: int, numbers: Iterable[int], stre
 @torch.inference_mode()
 def sample(
     velocity: Velocity,
-    labels: Tensor,
+    condition: Tensor,
     shape: tuple[int, ...],
-    null_label: int,
+    null: Tensor | float,
     sampler: Sampler,
     seed: int = 0,
     batch_size: int = 128,
     first: int = 0,
     standard_deviation: Tensor | None = None,
 ) -> Tensor:
-    """New images, one for each label.
+    """New images, one for each condition.
 
     Args:
-        labels: class of each image, (n,), on the device to compute on.
+        condition: what each image is asked for, (n, ...), on the device to compute on.
         shape: of one image, or of its coefficients.
-        null_label: the label that stands for no class.
+        null: the condition that asks for nothing.
         seed: image k of a seed is the same whatever the batch size, the device or the number of images.
         first: number k of the first image.
         standard_deviation: of the training images around 0, (*shape), where it is known: the first step is then that
@@ -279,29 +295,29 @@ def sample(
     Returns:
         (n, *shape) float32, in the range the network was trained on, not clipped.
     """
-    velocity = guided(velocity, null_label, sampler.cfg_scale)
+    velocity = guided(velocity, null, sampler.cfg_scale)
 
     def solve(numbers: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """Images of these numbers, and which of them have changed too much with the last evaluation."""
-        noise = noise_images(shape, seed, (first + numbers).tolist()).to(labels.device)
+        noise = noise_images(shape, seed, (first + numbers).tolist()).to(condition.device)
         times = evaluation_times(replace(sampler, steps=steps), standard_deviation is not None)
         predicted: deque[Tensor] = deque(maxlen=2)  # clean images, by the two last evaluations
 
-        def watched(z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-            slope = velocity(z, t, labels)
+        def watched(z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            slope = velocity(z, t, condition)
             predicted.append((z - _per_image(t, z) * slope).flatten(1))
             return slope
 
         used = velocity if sampler.tolerance is None else watched
-        made = SOLVERS[sampler.solver](used, start(noise, standard_deviation, times[0]), labels[numbers], times)
+        made = SOLVERS[sampler.solver](used, start(noise, standard_deviation, times[0]), condition[numbers], times)
         if sampler.tolerance is None:
             return made, torch.zeros(len(numbers), dtype=torch.bool)
         change = (predicted[-1] - predicted[0]).norm(dim=1) / predicted[-1].norm(dim=1)
         return made, (change > sampler.tolerance).cpu()
 
     images, again = [], []
-    with tqdm(total=len(labels), unit="image", desc="generating", leave=False, delay=1) as bar:
-        for numbers in torch.arange(len(labels)).split(batch_size):
+    with tqdm(total=len(condition), unit="image", desc="generating", leave=False, delay=1) as bar:
+        for numbers in torch.arange(len(condition)).split(batch_size):
             made, unsettled = solve(numbers, sampler.steps)
             images.append(made)
             again.append(numbers[unsettled])

@@ -4,23 +4,25 @@ from models.generator import load_model, generate_image
 image = generate_image(load_model("weights/component_mlp.safetensors"), "axion")
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import settings
-from dataset import are_classes, is_image_shape
+from dataset import NpyDataset, are_classes, is_image_shape
 from models import flow
 from models.checkpoint import generator_weights, load_checkpoint, load_weights, plain_names
 from models.components import EXTRA, ComponentMLP, PrincipalComponents, without_attention
 from models.model import NanoDiT
+from parameters import Parameter, as_plain, asked, from_plain, objects, phases
 from scaling import Scaling
 from settings import Count, Guidance, InputError, Interval, Steps, Whole, checked
 
@@ -65,6 +67,7 @@ class Generator(nn.Module):
         codec: between images and what the network works on; None for images themselves.
         sampler: how images are made unless told otherwise.
         scaling: of the images it was trained on.
+        lens_parameters: physical ones that the network can be told, in order; none for most.
     """
 
     _compiler: Callable[[Callable], Callable] = staticmethod(lambda function: function)
@@ -78,11 +81,12 @@ class Generator(nn.Module):
         codec: PrincipalComponents | None = None,
         sampler: flow.Sampler | None = None,
         scaling: Scaling = _BY_IMAGE,
+        lens_parameters: Sequence[Parameter] = (),
     ):
         super().__init__()
         self.network, self.codec, self.prediction = network, codec, prediction
         self.classes, self.image_shape = tuple(classes), tuple(image_shape)
-        self.sampler, self.scaling = sampler or flow.Sampler(), scaling
+        self.sampler, self.scaling, self.lens_parameters = sampler or flow.Sampler(), scaling, tuple(lens_parameters)
         self.sample_shape = network.sample_shape
 
     def description(self) -> dict[str, Any]:
@@ -94,12 +98,33 @@ class Generator(nn.Module):
             "classes": list(self.classes),
             "image_shape": list(self.image_shape),
             "scaling": asdict(self.scaling),
+            "parameters": as_plain(self.lens_parameters),
         }
 
     def with_network(self, network: nn.Module) -> "Generator":
         """The same around another network, such as the moving average of this one."""
-        kept = self.classes, self.image_shape, self.prediction, self.codec, self.sampler, self.scaling
+        kept = (
+            self.classes,
+            self.image_shape,
+            self.prediction,
+            self.codec,
+            self.sampler,
+            self.scaling,
+            self.lens_parameters,
+        )
         return Generator(network, *kept).eval()
+
+    def with_parameters(self, parameters: Sequence[Parameter]) -> "Generator":
+        """The same, whose network can be told parameters, which do nothing before it is trained; itself if it can be
+        already."""
+        if not parameters or self.lens_parameters:
+            return self
+        config = self.network.config | (self.codec.config if self.codec else {})
+        given = type(self.network).__name__, config, self.prediction, self.classes, self.image_shape, parameters
+        other = _assemble(*given)
+        other.network.load_state_dict(self.network.state_dict(), strict=False)
+        kept = self.classes, self.image_shape, self.prediction, self.codec, self.sampler, self.scaling, parameters
+        return Generator(other.network, *kept)
 
     @property
     def device(self) -> torch.device:
@@ -117,13 +142,31 @@ class Generator(nn.Module):
         """
         self._compiler = partial(torch.compile, *args, **options)
 
-    def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """z (n, *sample_shape), t (n,) in [0, 1], labels (n,) in 0..len(classes) -> velocity (n, *sample_shape)."""
-        return flow.to_velocity(self.network(z, t, labels).float(), z, t, self.prediction)
+    def forward(self, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """z (n, *sample_shape), t (n,) in [0, 1], condition as of ``condition`` -> velocity (n, *sample_shape)."""
+        return flow.to_velocity(self.network(z, t, condition).float(), z, t, self.prediction)
+
+    def condition(self, labels: Tensor, phases: Tensor | None = None) -> Tensor:
+        """What images are asked for, as networks take it: labels (n,) in 0..len(classes), where the last one means no
+        class; and behind them the phases of the parameters, (n, parameters), where any are known, NaN for the others.
+        """
+        return (
+            labels if phases is None or not self.lens_parameters else torch.cat([labels[:, None].to(phases), phases], 1)
+        )
+
+    def phases(self, columns: Mapping[str, np.ndarray]) -> Tensor | None:
+        """Phases (n, parameters) of values (n,) by name; None of a generator without parameters."""
+        return phases(self.lens_parameters, columns) if self.lens_parameters else None
+
+    def phases_of(self, images: NpyDataset) -> Tensor | None:
+        """The same for the images of a data set, as its tables say them."""
+        names = [parameter.name for parameter in self.lens_parameters]
+        return self.phases({name: column.values for name, column in images.columns(names).items()}) if names else None
 
     def along(self, times: list[float]) -> flow.Velocity:
         """``forward`` for a solver, which has all images at one time, and for weights that stay as they are.
 
+        It takes conditions as ``embedded`` gives them, whose parameters are the same at every time.
         AdaLN modulations are computed once for all ``times`` and classes, and for other times as they come: anew in
         every evaluation, they would take a network of one token a third of its time.
         """
@@ -135,37 +178,53 @@ class Generator(nn.Module):
             of_all = self.network.modulations(t.repeat_interleave(len(classes)), classes.repeat(len(t)))
             known.update(zip(t.tolist(), zip(*(part.split(len(classes)) for part in of_all), strict=True), strict=True))
 
-        def evaluate(z: Tensor, t: Tensor, of_classes: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        def evaluate(z: Tensor, t: Tensor, of_classes: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
+            labels, parameters = (embedded, None) if embedded.dim() == 1 else (embedded[:, 0].long(), embedded[:, 1:])
             modulations = [F.embedding(labels, of_class) for of_class in of_classes]
-            return flow.to_velocity(self.network.apply_modulated(z, t, modulations).float(), z, t, self.prediction)
+            output = self.network.apply_modulated(z, t, modulations, parameters)
+            return flow.to_velocity(output.float(), z, t, self.prediction)
 
         evaluate = self._compiler(evaluate)
 
-        def velocity(z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        def velocity(z: Tensor, t: Tensor, embedded: Tensor) -> Tensor:
             time = t[0].item()
             if time not in known:
                 add([time])
-            return evaluate(z, t[:1], known[time], labels)
+            return evaluate(z, t[:1], known[time], embedded)
 
         add(times)
         return velocity
 
     @torch.inference_mode()
+    def embedded(self, condition: Tensor) -> Tensor:
+        """A condition with its parameters as the vector that they are to the network: (n, 1 + width), or labels (n,)
+        of a network without any."""
+        labels, vectors = self.network.split(condition)
+        return labels if vectors is None else torch.cat([labels[:, None].to(vectors), vectors], 1)
+
+    @torch.inference_mode()
     def generate(
-        self, labels: Tensor, sampler: flow.Sampler | None = None, seed: int = 0, batch_size: int = 128, first: int = 0
+        self,
+        labels: Tensor,
+        sampler: flow.Sampler | None = None,
+        seed: int = 0,
+        batch_size: int = 128,
+        first: int = 0,
+        phases: Tensor | None = None,
     ) -> Tensor:
         """One image for each label (n,), images first, first + 1, ... of a seed: (n, c, h, w) in [0, 1], on the CPU.
 
         By ``self.sampler`` unless another one is given; see ``flow.sample``. ``self.scaling.undo`` takes them to the
-        unit of the data.
+        unit of the data. ``phases`` (n, parameters) are of the parameters that are asked for, see ``condition``.
         """
         sampler = sampler or self.sampler
+        condition = self.embedded(self.condition(labels, phases).to(self.device))
         velocity = self.along(flow.evaluation_times(sampler, self.standard_deviation is not None)[:-1])
         samples = flow.sample(
             velocity,
-            labels.to(self.device),
+            condition,
             self.sample_shape,
-            len(self.classes),
+            self.nothing,
             sampler,
             seed,
             batch_size,
@@ -179,6 +238,11 @@ class Generator(nn.Module):
             white = flow.noise_images(self.image_shape, seed, (first + part).tolist(), stream=1)
             images.append(self.codec.decode(samples[part], white.to(self.device)).cpu())
         return torch.cat(images)
+
+    @property
+    def nothing(self) -> Tensor:
+        """The ``embedded`` condition that asks for nothing, for guidance."""
+        return self.embedded(torch.tensor([len(self.classes)], device=self.device))[0]
 
     def sampler_for(self, ode_steps: int | None = None, cfg_scale: float | None = None) -> flow.Sampler:
         """The generator's sampler, with exactly so many steps or another guidance scale where they are given."""
@@ -195,13 +259,19 @@ class Generator(nn.Module):
             return self.codec.decode(z)
         return (z + 1) / 2 if self.scaling.keeps_flux else flow.to_unit_range(z)
 
-    def objective(self, network: flow.Velocity, x: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def objective(self, network: flow.Velocity, x: Tensor, noise: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """``flow.objective`` of a network in this one's place, on (n, *sample_shape)."""
         weigh = {} if self.codec is None else {"weigh": self.codec.weigh}
-        return flow.objective(network, x, noise, t, labels, self.prediction, **weigh)
+        return flow.objective(network, x, noise, t, condition, self.prediction, **weigh)
 
 
-def build_untrained(size: str, classes: tuple[str, ...], image_shape: tuple[int, ...], **changes: Any) -> Generator:
+def build_untrained(
+    size: str,
+    classes: tuple[str, ...],
+    image_shape: tuple[int, ...],
+    parameters: Sequence[Parameter] = (),
+    **changes: Any,
+) -> Generator:
     """An untrained generator of one of SIZES, with other settings where they are given.
 
     Patches are the smallest ones from that of the size on that tile the images, up to twice as large.
@@ -213,15 +283,21 @@ def build_untrained(size: str, classes: tuple[str, ...], image_shape: tuple[int,
     if "patch_size" in config and "patch_size" not in changes:
         patch = min(config["patch_size"], image_shape[-1])
         config["patch_size"] = next((p for p in range(patch, 2 * patch + 1) if image_shape[-1] % p == 0), patch)
-    return _assemble(config.pop("network"), config, config.pop("prediction"), classes, image_shape)
+    return _assemble(config.pop("network"), config, config.pop("prediction"), classes, image_shape, parameters)
 
 
 def _assemble(
-    network: str, config: dict[str, Any], prediction: str, classes: tuple[str, ...], image_shape: tuple[int, ...]
+    network: str,
+    config: dict[str, Any],
+    prediction: str,
+    classes: tuple[str, ...],
+    image_shape: tuple[int, ...],
+    parameters: Sequence[Parameter],
 ) -> Generator:
     if not are_classes(classes) or not is_image_shape(image_shape):  # a name is also that of a folder to write to
         raise ValueError(f"no classes, or no images: {classes}, {image_shape}")
-    built, codec = NETWORKS[network](image_shape, **{"num_classes": len(classes)} | config)
+    told = {"objects": objects(parameters)} if parameters else {}
+    built, codec = NETWORKS[network](image_shape, **{"num_classes": len(classes)} | told | config)
     if built.config["num_classes"] != len(classes):
         raise ValueError(f"a network of {built.config['num_classes']} classes, not of {', '.join(classes)}")
     if prediction not in ("velocity", "image"):
@@ -230,7 +306,7 @@ def _assemble(
         raise ValueError('components need prediction="image": noise has no principal components')
     if codec is None and built.sample_shape != tuple(image_shape):
         raise ValueError(f"a network of images {built.sample_shape}, not {image_shape}")
-    return Generator(built, classes, image_shape, prediction, codec)
+    return Generator(built, classes, image_shape, prediction, codec, lens_parameters=parameters)
 
 
 class _WithoutRandom(TorchFunctionMode):
@@ -258,7 +334,17 @@ def build_generator(content: dict[str, Any], path: str | Path) -> Generator:
         config = content["model_config"]
         if not 0 < config.get("depth", 1) <= len(weights):
             raise ValueError(f"{config['depth']} blocks")
-        given = content["network"], config, content["prediction"], content["classes"], content["image_shape"]
+        parameters = from_plain(content["parameters"])
+        if config.get("objects", []) != objects(parameters):
+            raise ValueError("a network of other parameters")
+        given = (
+            content["network"],
+            config,
+            content["prediction"],
+            content["classes"],
+            content["image_shape"],
+            parameters,
+        )
         with torch.device("meta"), _WithoutRandom():  # costs nothing, whatever sizes a file asks for
             planned = _assemble(*given)
         parts = {"network": weights} | ({"codec": content["codec_state_dict"]} if planned.codec else {})
@@ -277,7 +363,7 @@ def build_generator(content: dict[str, Any], path: str | Path) -> Generator:
 
 def of_today(content: dict[str, Any]) -> dict[str, Any]:
     """Content of a checkpoint in today's form; those of older versions and of the published code say less."""
-    content = {"scaling": asdict(_BY_IMAGE)} | content
+    content = {"scaling": asdict(_BY_IMAGE), "parameters": []} | content
     if "network" in content:
         return content
     config = dict(content.get("model_config", _PUBLISHED_CONFIG))
@@ -318,8 +404,9 @@ def generate_image(
     num_samples: int = 1,
     seed: int = 0,
     scaled: bool = False,
+    parameters: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Generates lenses of one class.
+    """Generates lenses of one class, and of some physical parameters where the model knows any.
 
     Args:
         target_class: name of a class, or its number in ``model.classes``.
@@ -329,6 +416,8 @@ def generate_image(
         num_samples: number of images.
         seed: another seed gives other images; image k of a seed is always the same.
         scaled: whether images stay as the network has them, in about [0, 1], to be shown, say.
+        parameters: values of some of ``model.lens_parameters`` by name, in their units: a number, or an array of
+            ``num_samples``. The others are as the training images have them; those outside their range give a warning.
 
     Returns:
         (num_samples, c, h, w) float32 on the CPU, in the unit of the data, or in [0, 1] where each image was scaled by
@@ -349,5 +438,6 @@ def generate_image(
         checked("ode_steps", ode_steps, Steps | None), checked("cfg_scale", cfg_scale, Guidance | None)
     )
     labels = torch.full((checked("num_samples", num_samples, Count),), label)
-    images = model.generate(labels, sampler, checked("seed", seed, Whole))
+    known = model.phases(asked(model.lens_parameters, parameters, num_samples, model.classes[label]))
+    images = model.generate(labels, sampler, checked("seed", seed, Whole), phases=known)
     return images if checked("scaled", scaled, bool) else model.scaling.undo(images)

@@ -10,29 +10,50 @@ from torch import Tensor, nn
 
 class ModulatedNetwork(nn.Module):
     """Network whose ``blocks`` and ``final_layer`` time and class shift, scale and gate, by ``t_embedder`` and
-    ``y_embedder`` (AdaLN-Zero, arXiv:2212.09748, Sec. 3.2)."""
+    ``y_embedder`` (AdaLN-Zero, arXiv:2212.09748, Sec. 3.2), and whose tokens know the physical parameters, by
+    ``p_embedder``, where it has been trained with any.
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """x (n, *sample_shape), t (n,) in [0, 1], labels (n,) in 0..num_classes -> prediction (n, *sample_shape)."""
-        return self.apply_modulated(x, t, self.modulations(t, labels))
+    Parameters are added to the tokens since they are the same at every time: that costs an evaluation nothing, where a
+    modulation by them would have to be computed for every image anew.
+    """
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """x (n, *sample_shape), t (n,) in [0, 1], condition -> prediction (n, *sample_shape).
+
+        Args:
+            condition: labels (n,) in 0..num_classes; or (n, 1 + parameters), each followed by the phases of the
+                parameters, NaN where unknown.
+        """
+        labels, known = self.split(condition)
+        return self.apply_modulated(x, t, self.modulations(t, labels), known)
+
+    def split(self, condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The labels (n,) of a condition, and its parameters as a vector (n, width); None of a network without any."""
+        labels = condition if condition.dim() == 1 else condition[:, 0].long()
+        if self.p_embedder is None:
+            return labels, None
+        unknown = torch.full((len(labels), self.p_embedder.count), math.nan, device=labels.device)
+        return labels, self.p_embedder(unknown if condition.dim() == 1 else condition[:, 1:])
 
     def modulations(self, t: Tensor, labels: Tensor) -> list[Tensor]:
         """AdaLN shift, scale and gate of every block, (m, 6 * width), and of the final layer, (m, 2 * width)."""
         condition = self.t_embedder(t) + self.y_embedder(labels)
         return [part.adaLN_modulation(condition) for part in (*self.blocks, self.final_layer)]
 
-    def apply_modulated(self, x: Tensor, t: Tensor, modulations: Sequence[Tensor]) -> Tensor:
-        """``forward`` for known modulations, at times t (n,), or (1,) for all."""
+    def apply_modulated(self, x: Tensor, t: Tensor, modulations: Sequence[Tensor], known: Tensor | None) -> Tensor:
+        """``forward`` for known modulations, at times t (n,), or (1,) for all, and the vectors of the parameters."""
         raise NotImplementedError
 
-    def through_blocks(self, tokens: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+    def through_blocks(self, tokens: Tensor, modulations: Sequence[Tensor], known: Tensor | None) -> Tensor:
         """Tokens (n, tokens, width) through all blocks and the final layer."""
+        if known is not None:
+            tokens = tokens + known[:, None]
         for block, modulation in zip(self.blocks, modulations, strict=False):
             tokens = block(tokens, modulation)
         return self.final_layer(tokens, modulations[-1])
 
     def initialize(self) -> None:
-        """Xavier for linear layers, N(0, 0.02) for embeddings, zero for AdaLN and the output."""
+        """Xavier for linear layers, N(0, 0.02) for embeddings, zero for AdaLN, parameters and the output."""
         for kind in (nn.Linear, nn.Conv2d):
             for module in self.modules():
                 if isinstance(module, kind):
@@ -41,7 +62,8 @@ class ModulatedNetwork(nn.Module):
         for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
         modulated = [*self.blocks, self.final_layer]
-        for layer in (*(part.adaLN_modulation[1] for part in modulated), self.final_layer.linear):
+        last = [] if self.p_embedder is None else self.p_embedder.outputs
+        for layer in (*(part.adaLN_modulation[1] for part in modulated), self.final_layer.linear, *last):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -72,6 +94,35 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels)
+
+
+class ParameterEmbedder(nn.Module):
+    """Phases of parameters (n, parameters), NaN where unknown, to vectors (n, width).
+
+    Each object, the lens or one of its subhaloes, goes through the hidden layer of its kind, and what that makes of all
+    of a kind is added up, as their effects on an image are (Zaheer et al. 2017, arXiv:1703.06114). Phases are told by
+    sines and cosines in some octaves (Fourier features, arXiv:2006.10739); an unknown one has a learned vector instead.
+
+    Args:
+        objects: for each kind of objects, for each of these, the numbers of its parameters.
+        num_octaves: of the Fourier features.
+    """
+
+    def __init__(self, objects: Sequence[Sequence[Sequence[int]]], hidden_size: int, num_octaves: int = 5):
+        super().__init__()
+        self.objects, self.num_octaves = objects, num_octaves
+        self.count = sum(len(of_object) for kind in objects for of_object in kind)
+        features = 2 * num_octaves + 1
+        self.hidden = nn.ModuleList(nn.Linear(features * len(kind[0]), 2 * hidden_size) for kind in objects)
+        self.outputs = nn.ModuleList(nn.Linear(2 * hidden_size, hidden_size) for _ in objects)
+
+    def forward(self, phases: Tensor) -> Tensor:
+        unknown = phases.isnan()
+        angles = phases.nan_to_num()[..., None] * 2.0 ** torch.arange(self.num_octaves, device=phases.device)
+        waves = torch.cat([angles.sin(), angles.cos()], -1).masked_fill(unknown[..., None], 0)
+        features = torch.cat([waves, unknown[..., None]], -1)
+        kinds = zip(self.objects, self.hidden, self.outputs, strict=True)
+        return sum(output(gelu(hidden(features[:, kind].flatten(2))).sum(1)) for kind, hidden, output in kinds)
 
 
 class Mlp(nn.Module):

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import FinalLayer, LabelEmbedder, Mlp, ModulatedNetwork, TimestepEmbedder, modulate
+from models.layers import (
+    FinalLayer,
+    LabelEmbedder,
+    Mlp,
+    ModulatedNetwork,
+    ParameterEmbedder,
+    TimestepEmbedder,
+    modulate,
+)
 
 
 class NanoDiT(ModulatedNetwork):
@@ -24,6 +32,7 @@ class NanoDiT(ModulatedNetwork):
         hidden_size: width of the network, a multiple of 4 and of ``num_heads``.
         depth: number of transformer blocks.
         num_classes: number of classes; label ``num_classes`` means no class.
+        objects: physical parameters that it can be told, see ``ParameterEmbedder``; none unless given.
         timestep_freq_scale: t in [0, 1] is multiplied by this before its sinusoidal embedding.
         gelu: "tanh" as DiT has it, or "none", the exact function that the published NanoDiT had.
 
@@ -47,9 +56,10 @@ class NanoDiT(ModulatedNetwork):
         num_classes: int = 3,
         timestep_freq_scale: float = 1000.0,
         gelu: str = "tanh",
+        objects: Sequence[Sequence[Sequence[int]]] = (),
     ):
         super().__init__()
-        self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__") and v != ()}
         if patch_size > input_size or hidden_size % num_heads or hidden_size % 4:
             raise ValueError(
                 f"a patch of {patch_size} must lie within {input_size} pixels, and a width of {hidden_size} must be a "
@@ -60,16 +70,17 @@ class NanoDiT(ModulatedNetwork):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, timestep_freq_scale)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.p_embedder = ParameterEmbedder(objects, hidden_size) if objects else None
         self.grid_size = math.ceil(input_size / patch_size)
         self.pos_embed = nn.Parameter(sincos_positions(hidden_size, self.grid_size)[None], requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, gelu) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
         self.initialize()
 
-    def apply_modulated(self, x: Tensor, t: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+    def apply_modulated(self, x: Tensor, t: Tensor, modulations: Sequence[Tensor], known: Tensor | None) -> Tensor:
         beyond = self.grid_size * self.patch_size - x.shape[-1]
         x = F.pad(x, (0, beyond, 0, beyond))
-        return self.unpatchify(self.through_blocks(self.x_embedder(x) + self.pos_embed, modulations))
+        return self.unpatchify(self.through_blocks(self.x_embedder(x) + self.pos_embed, modulations, known))
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(n, tokens, patch * patch * c) -> (n, c, h, w)."""

@@ -26,6 +26,8 @@ _COMPONENTS = _SMALL | {
     "TOLERANCE": 0.04,
     "AMP_DTYPE": "bfloat16",
 }
+_SUBHALOES = tuple(f"subhalo_{what}_{i}" for i in range(1, 11) for what in ("mass", "x", "y"))  # the ten heaviest
+_OF_MODEL_II = ("source_x", "source_y", "axion_mass:log10", "vortex_angle:angle/2", "subhalo_mass_total", *_SUBHALOES)
 _CLASSIFIER = {"IMAGE_SIZE": 64, "BATCH_SIZE": 64, "PRETRAINED": False}  # from scratch, on a CPU
 
 RECIPES: Recipes = {
@@ -62,6 +64,12 @@ RECIPES: Recipes = {
     "component_mlp": {
         "train_diffusion": _COMPONENTS | {"EPOCHS": 400},
         "export_weights": {"HALVED": "codec.vectors", "OUTPUT_PATH": "weights/component_mlp.safetensors"},
+    },
+    # weights/conditional_mlp.safetensors: component_mlp, trained on with the parameters of 90,000 images
+    "conditional_mlp": {
+        "train_diffusion": _COMPONENTS
+        | {"EPOCHS": 250, "START_PATH": "weights/component_mlp.safetensors", "PARAMETERS": _OF_MODEL_II},
+        "export_weights": {"HALVED": "codec.vectors", "OUTPUT_PATH": "weights/conditional_mlp.safetensors"},
     },
     # weights/resnet18_lens.safetensors: 40 minutes on two cores, from 18,000 images
     "resnet18_lens": {

@@ -33,7 +33,20 @@ from models import flow
 from models.checkpoint import load_checkpoint
 from models.components import PrincipalComponents
 from models.generator import SIZES, Generator, build_generator, build_untrained, of_today
-from settings import Count, Epochs, Fraction, Guidance, InnerFraction, InputError, NotNegative, Positive, Steps, Whole
+from parameters import Parameter, fit, name_of
+from settings import (
+    Count,
+    Epochs,
+    Fraction,
+    Guidance,
+    InnerFraction,
+    InputError,
+    Names,
+    NotNegative,
+    Positive,
+    Steps,
+    Whole,
+)
 from train.orientations import SYMMETRIES, draw_orientations, oriented, some_of_all, turned
 from train.recipes import RECIPES
 from train.run import Run, duration, seconds_an_image
@@ -45,6 +58,7 @@ ON_MISSING_CLASS: Literal["raise", "go_on"] = "raise"  # "go_on" trains although
 SCALING: Literal[scaling.KINDS] = "image"  # "set" keeps flux, "asinh" too, for real images of high contrast
 AUGMENT: Literal[(*SYMMETRIES,)] = "none"  # "square": images have no preferred direction, as real ones; or half of it
 CACHE_DIR: str | None = None  # Where packed images are kept; None is in DATA_DIR itself, if it can be written to
+PARAMETERS: Names = ()  # Physical parameters to generate by, "source_x,axion_mass:log10", see docs/parameters.md
 
 START_PATH: str | None = None  # A checkpoint whose network and weights to start from
 MODEL_SIZE: Literal[(None, *SIZES)] = None  # None is "NanoDiT-B/2", or that of START_PATH; "NanoDiT-S/8" on a CPU
@@ -63,7 +77,8 @@ EPOCHS: Epochs = 600  # More is better; the published run took 8 hours on an A10
 WEIGHT_DECAY: NotNegative = 0.01  # Of AdamW
 ADAM_BETA2: Fraction = 0.999  # Of AdamW; 0.99 for runs of a few thousand steps
 MAX_GRAD_NORM: Positive = 1.0  # Gradients are clipped to this norm
-LABEL_DROPOUT: Fraction = 0.1  # Share of labels hidden in training; guidance needs it
+LABEL_DROPOUT: Fraction = 0.1  # Share of labels hidden in training, with all parameters; guidance needs it
+PARAMETER_DROPOUT: Fraction = 0.5  # Share of images that lose parameters, half of them all: any subset can be given
 TIME_SAMPLING: Literal["uniform", "logit_normal"] = "uniform"  # "logit_normal" for short runs with PREDICTION = "image"
 TIME_MEDIAN: InnerFraction = 0.69  # Of "logit_normal"; 0.3 for ComponentMLP, whose images are made by the last steps
 TIME_WIDTH: Positive = 0.8  # Likewise; 2 for ComponentMLP
@@ -106,7 +121,8 @@ def main() -> None:
     before = generator_before(run)
     images.scaling = validation.scaling = choose_scaling(images, before)
     images.images = flow.to_network_range(images.images)  # once and for all epochs
-    generator = prepare_generator(images, before)
+    parameters = choose_parameters(images, before)
+    generator = prepare_generator(images, before, parameters)
     run.begin(images, generator.description())
     network = generator.to(device).network
     guidance = CFG_SCALE if len(images.classes) > 1 else 1.0  # of one class, there is nothing to be truer to
@@ -132,6 +148,7 @@ def main() -> None:
         images.images = torch.cat([generator.encode(part.to(device)).cpu() for part in parts])
     images.to(device)
     averaged = generator.with_network(ema.ema_model)
+    phases = generator.phases_of(images)
     run.untrained = validation_loss(generator, lambda z, t, labels: torch.zeros_like(z), validation)
 
     for epoch in run.remaining_epochs():
@@ -144,6 +161,11 @@ def main() -> None:
             batch = batch.to(images.labels.device)
             labels = flow.drop_labels(images.labels[batch].to(device), len(images.classes), LABEL_DROPOUT, random)
             ways = draw_orientations(AUGMENT, len(batch), random)
+            condition = labels
+            if phases is not None:
+                nothing = (labels == len(images.classes))[:, None]
+                known = flow.hide(phases[batch.cpu()].to(device), PARAMETER_DROPOUT, random)
+                condition = generator.condition(labels, known.masked_fill(nothing, math.nan))
 
             optimizer.zero_grad()
             loss = torch.zeros((), device=device)
@@ -155,7 +177,7 @@ def main() -> None:
                     x = oriented(images.images[batch[part]].to(device, non_blocking=True), ways[part], AUGMENT)
                 trained.require_backward_grad_sync = part is parts[-1]  # processes exchange gradients once a step
                 with amp:
-                    loss_of_part = generator.objective(trained, x, noise[part], t[part], labels[part])
+                    loss_of_part = generator.objective(trained, x, noise[part], t[part], condition[part])
                 share = loss_of_part * len(x) / len(batch)
                 scaler.scale(share * distributed.size()).backward()  # gradients are averaged over processes
                 loss += share.detach()
@@ -236,11 +258,30 @@ def choose_scaling(images: NpyDataset, before: Generator | None) -> scaling.Scal
     return scaling.Scaling.of(SCALING, images.read(some), low, high)
 
 
-def prepare_generator(images: NpyDataset, before: Generator | None) -> Generator:
+def choose_parameters(images: NpyDataset, before: Generator | None) -> tuple[Parameter, ...]:
+    """PARAMETERS as these images have them, or those of a generator to go on with that has any.
+
+    Raises:
+        InputError: when those are others, or where images are turned, and their parameters would no longer be true.
+    """
+    names = [name_of(specification) for specification in PARAMETERS]
+    if names and AUGMENT != "none":
+        raise InputError(f"--augment {AUGMENT} turns images, but not their parameters: leave out one of the two", 2)
+    if before and before.lens_parameters:
+        if names and names != [parameter.name for parameter in before.lens_parameters]:
+            known = ", ".join(parameter.name for parameter in before.lens_parameters)
+            raise InputError(f"the generator to go on with has other parameters: {known}", 2)
+        return before.lens_parameters
+    classes = [images.classes[label] for label in images.labels.tolist()]
+    return tuple(fit(PARAMETERS, images.columns(names), classes)) if names else ()
+
+
+def prepare_generator(images: NpyDataset, before: Generator | None, parameters: tuple[Parameter, ...]) -> Generator:
     """The generator of MODEL_SIZE and of the constants that are set beside it, or that of START_PATH with its weights.
 
     Args:
         before: a generator to go on with, whose principal components stay.
+        parameters: that it is to be told.
 
     Raises:
         InputError: for a network that cannot be, or is not that of START_PATH.
@@ -248,7 +289,7 @@ def prepare_generator(images: NpyDataset, before: Generator | None) -> Generator
     sizes = {"patch_size": PATCH_SIZE, "hidden_size": LATENT_DIM, "depth": MODEL_DEPTH, "num_heads": MODEL_HEADS}
     given = {name: value for name, value in (sizes | {"prediction": PREDICTION}).items() if value is not None}
     if START_PATH:
-        return start_from(before, (SIZES[MODEL_SIZE] if MODEL_SIZE else {}) | given, images)
+        return start_from(before, (SIZES[MODEL_SIZE] if MODEL_SIZE else {}) | given, images, parameters)
     size = MODEL_SIZE or "NanoDiT-B/2"
     changes, codec = dict(given), None
     if components := SIZES[size].get("components"):
@@ -258,7 +299,7 @@ def prepare_generator(images: NpyDataset, before: Generator | None) -> Generator
             codec = distributed.from_main(PrincipalComponents.fitted(some, components, images.scaling.keeps_flux))
         changes |= {"components": len(codec.standard_deviation)} | codec.config
     try:
-        generator = build_untrained(size, images.classes, images.image_shape, **changes)
+        generator = build_untrained(size, images.classes, images.image_shape, parameters, **changes)
         generator.scaling = images.scaling
         if codec is not None:
             generator.codec.load_state_dict(codec.state_dict())
@@ -285,8 +326,10 @@ def in_words(generator: Generator) -> str:
     return f"images of {generator.image_shape}"
 
 
-def start_from(generator: Generator, wanted: dict[str, Any], images: NpyDataset) -> Generator:
-    """The generator at START_PATH, to be trained further.
+def start_from(
+    generator: Generator, wanted: dict[str, Any], images: NpyDataset, parameters: tuple[Parameter, ...]
+) -> Generator:
+    """The generator at START_PATH, to be trained further, and told parameters from now on where it had none.
 
     Raises:
         InputError: when it is not as ``wanted``, or is of other classes or images.
@@ -299,7 +342,7 @@ def start_from(generator: Generator, wanted: dict[str, Any], images: NpyDataset)
         here, there = (f"{', '.join(of.classes)} in {of.image_shape}" for of in (images, generator))
         raise InputError(f"{START_PATH} is of {there}, {DATA_DIR} of {here}", 2)
     print(f"network: that of {START_PATH}")
-    return generator
+    return generator.with_parameters(parameters)
 
 
 def warmup_cosine(warmup: float, total: int, step: int) -> float:
@@ -318,13 +361,15 @@ def validation_loss(
     """Loss of a network on at most so many validation images; they, their times and noise are the same every time."""
     random = flow.generator_of(SEED, 0, generator.device)
     index = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:most]
+    phases = generator.phases_of(dataset)
     total = 0.0
     for some in index.split(BATCH_SIZE):
         x = generator.encode(flow.to_network_range(dataset.read(some)).to(generator.device))
         noise = torch.randn(x.shape, generator=random, device=generator.device)
         t = flow.draw_times(len(x), TIME_SAMPLING, random, TIME_MEDIAN, TIME_WIDTH)
-        labels = dataset.labels[some].to(generator.device)
-        total += generator.objective(network, x, noise, t, labels).item() * len(x)
+        known = None if phases is None else phases[some]
+        condition = generator.condition(dataset.labels[some], known).to(generator.device)
+        total += generator.objective(network, x, noise, t, condition).item() * len(x)
     return total / len(index)
 
 

@@ -1,0 +1,349 @@
+"""Physical parameters of lenses: read from the folder of the images, and told to a network.
+
+    data/parameters.fits, data/parameters.csv    a row for each image: its file, and a column for each parameter
+    [image, v1, v2, ...]                         values that a pickled file gives behind its image: v1, v2, ...
+    FITS headers                                 keywords of the image's own header
+
+A table stands beside the images or in a folder above them. Its column "file" (of a CSV file the first one) has the path
+of the image from the table's folder, or its name alone; tables of simulate/ have "class" and "index" instead. Missing
+values may be anywhere. A column of many numbers is that of many objects: "subhalo_mass" of 25 becomes subhalo_mass_1,
+of the heaviest one, to subhalo_mass_25, and subhalo_mass_total; "source_xy" becomes source_x and source_y.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from settings import InputError
+
+TABLES = ("parameters.fits", "parameters.csv")
+SCALES = ("linear", "log10", "angle")
+_PERIODS = {"rad": 2 * math.pi, "deg": 360.0}
+_LOGARITHMIC = 30  # largest over smallest value of a parameter that is told by its logarithm
+_MARGIN = 0.02  # of its range, which the largest value of a training set falls short of by chance
+_MOST = 1000  # parameters of a checkpoint
+
+
+class Column(NamedTuple):
+    """Values (n,) float64 of the images, NaN where unknown, and their unit, "" without any."""
+
+    values: np.ndarray
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as a network knows it.
+
+    Args:
+        unit: of its values, "" without any.
+        scale: "linear", "log10", or "angle", which comes round after ``period``.
+        low, high: its range in training.
+        mean, deviation: of its values in training, or of their logarithms; 0 and 1 for angles.
+        period: of an angle, in its unit; 0 for others.
+        classes: those in which it was known.
+    """
+
+    name: str
+    unit: str
+    scale: str
+    low: float
+    high: float
+    mean: float
+    deviation: float
+    period: float
+    classes: tuple[str, ...]
+
+    def phase(self, values: np.ndarray) -> np.ndarray:
+        """Values as the angle that a network sees: once round for a period, half the distance from the mean in standard
+        deviations for others."""
+        if self.scale == "angle":
+            return 2 * np.pi / self.period * values
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scaled = np.log10(values) if self.scale == "log10" else values
+        return (scaled - self.mean) / (2 * self.deviation)
+
+    def value(self, phases: np.ndarray) -> np.ndarray:
+        """The inverse of ``phase``; angles from 0 to their period."""
+        if self.scale == "angle":
+            return phases / (2 * np.pi) * self.period % self.period
+        scaled = self.mean + 2 * self.deviation * phases
+        return 10**scaled if self.scale == "log10" else scaled
+
+    def __str__(self) -> str:
+        unit = f" {self.unit}" if self.unit else ""
+        return f"{self.name}, {self.low:.3g} to {self.high:.3g}{unit}"
+
+
+def read_columns(root: Path, files: Sequence[str], pickled: np.ndarray, names: Sequence[str]) -> dict[str, Column]:
+    """Parameters of images by name, in the order of the images.
+
+    Args:
+        files: paths of the images relative to ``root``.
+        pickled: (n, 4), what pickled files give behind their images.
+        names: of the parameters that are wanted.
+
+    Raises:
+        InputError: for a damaged table, one that is of other images, or a name that nothing has.
+    """
+    known = {f"v{i + 1}": Column(values) for i, values in enumerate(pickled.T) if np.isfinite(values).any()}
+    if "v1" in known:
+        known["axion_mass"] = Column(known["v1"].values, "eV")
+    for folder in sorted({"", *(name for file in files for name in _folders_of(file))}):
+        for table in TABLES:
+            if (path := root / folder / table).is_file():
+                _merge(known, _read_table(path, folder, files), len(files))
+    if missing := [name for name in names if name not in known]:
+        known |= _read_headers(root, files, missing)
+    if missing := [name for name in names if name not in known]:
+        there = f"there are {_some(sorted(known))}" if known else f"there is no {' or '.join(TABLES)} either"
+        raise InputError(f"{root}: no parameter {', '.join(missing)} of its images; {there}", 2)
+    return {name: known[name] for name in names}
+
+
+def fit(specifications: Sequence[str], columns: Mapping[str, Column], of_classes: Sequence[str]) -> list[Parameter]:
+    """The parameters of a training set.
+
+    Args:
+        specifications: names, each with its scale behind a colon where it is not to be found out: "source_x:linear",
+            "axion_mass:log10", or "vortex_angle:angle/2" for a direction, which is the same after half a turn.
+        columns: of the training images.
+        of_classes: class of each image.
+
+    Raises:
+        InputError: for a scale that does not fit, or a parameter that is nowhere known or the same everywhere.
+    """
+    found = []
+    for name, scale in map(_parse, specifications):
+        values, unit = columns[name]
+        known = np.isfinite(values)
+        some = values[known]
+        if not known.any():
+            raise InputError(f"parameter {name}: no training image has it", 2)
+        scale = scale or _scale_of(some, unit)
+        period = 0.0
+        if scale.startswith("angle"):
+            period = _PERIODS.get(unit, 2 * math.pi) / float(scale.partition("/")[2] or 1)
+            scale = "angle"
+        if scale == "log10" and some.min() <= 0:
+            raise InputError(f"parameter {name}: has a value of {some.min():g}, which has no logarithm", 2)
+        scaled = np.log10(some) if scale == "log10" else some
+        mean, deviation = (0.0, 1.0) if scale == "angle" else (float(scaled.mean()), float(scaled.std()))
+        if deviation <= 1e-12 * abs(mean):
+            raise InputError(f"parameter {name}: is {some[0]:g} in every training image", 2)
+        classes = tuple(sorted({of for of, there in zip(of_classes, known.tolist(), strict=True) if there}))
+        low, high = float(some.min()), float(some.max())
+        found.append(Parameter(name, unit, scale, low, high, mean, deviation, period, classes))
+    return found
+
+
+def name_of(specification: str) -> str:
+    """The name in front of the scale."""
+    return _parse(specification)[0]
+
+
+def phases(parameters: Sequence[Parameter], columns: Mapping[str, np.ndarray]) -> Tensor:
+    """Values (n,) of parameters by name as (n, parameters) float32, as a network sees them; NaN where unknown."""
+    return torch.from_numpy(np.stack([of.phase(columns[of.name]) for of in parameters], 1).astype(np.float32))
+
+
+def objects(parameters: Sequence[Parameter]) -> list[list[list[int]]]:
+    """Which parameters belong together, by their numbers: for each kind of objects, for each of these, its parameters.
+
+    Those of a number, as in subhalo_mass_3 and subhalo_x_3, are of one object; the others are of the lens.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for i, parameter in enumerate(parameters):
+        stem, number = re.fullmatch(r"(.*?)(_\d+)?", parameter.name).groups()
+        found.setdefault(number or "", {})[stem] = i
+    kinds: dict[tuple[str, ...], list[list[int]]] = {}
+    for number, of_object in found.items():
+        stems = tuple(sorted(of_object))
+        kinds.setdefault((*stems, "") if not number else stems, []).append([of_object[stem] for stem in stems])
+    return list(kinds.values())
+
+
+def asked(
+    parameters: Sequence[Parameter], given: Mapping[str, Any] | None, count: int, name: str
+) -> dict[str, np.ndarray]:
+    """What is asked for, as values (count,) of every parameter, NaN where nothing is.
+
+    Args:
+        given: a number, or an array of ``count``, for some parameters by name.
+        name: of the class that is asked for; a warning says where it was trained on no such values.
+
+    Raises:
+        InputError: with the names, units and ranges, for a parameter that there is not, or with its name for values
+            that cannot be.
+    """
+    columns = {parameter.name: np.full(count, np.nan) for parameter in parameters}
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(f"parameters {given!r}: values by name, as {{'source_x': 0.1}}")
+    for key, values in (given or {}).items():
+        if key not in columns:
+            known = "; ".join(map(str, parameters)) or "it was trained without any"
+            raise InputError(f"no parameter {key!r}: {known}")
+        parameter = next(of for of in parameters if of.name == key)
+        try:
+            values = np.asarray(values, np.float64)
+            columns[key][:] = values
+        except (TypeError, ValueError):
+            raise InputError(f"parameter {key}: neither a number nor {count} of them, one for each image") from None
+        if np.isinf(values).any() or (parameter.scale == "log10" and (values <= 0).any()):
+            raise InputError(f"parameter {key}: {values.min():g} cannot be; it is {parameter}")
+        _warn_outside(parameter, columns[key], name)
+    return columns
+
+
+def as_plain(parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
+    """Parameters for a checkpoint; ``from_plain`` reads them back."""
+    return [asdict(parameter) | {"classes": list(parameter.classes)} for parameter in parameters]
+
+
+def from_plain(content: Any) -> list[Parameter]:
+    """Parameters of a checkpoint.
+
+    Raises:
+        ValueError, TypeError: for what are none.
+    """
+    found = [Parameter(**{**of, "classes": tuple(of["classes"])}) for of in content]
+    for of in found:
+        numbers = (of.low, of.high, of.mean, of.deviation, of.period)
+        sound = all(isinstance(value, float) and math.isfinite(value) for value in numbers) and of.scale in SCALES
+        sound &= of.deviation > 0 and (of.period > 0) == (of.scale == "angle")
+        if not (sound and isinstance(of.name, str) and isinstance(of.unit, str)):
+            raise ValueError(f"no parameter: {of}")
+    if len(found) > _MOST or len({of.name for of in found}) < len(found):
+        raise ValueError("parameters of the same name, or too many")
+    return found
+
+
+def _parse(specification: str) -> tuple[str, str]:
+    """Name and scale, "" where none is given."""
+    name, _, scale = specification.partition(":")
+    if not name or not re.fullmatch(r"|linear|log10|angle(/[1-9]\d?)?", scale):
+        raise InputError(f"parameter {specification!r}: a scale is linear, log10, angle or, say, angle/2", 2)
+    return name, scale
+
+
+def _scale_of(values: np.ndarray, unit: str) -> str:
+    if unit in _PERIODS:
+        return "angle"
+    return "log10" if values.min() > 0 and values.max() > _LOGARITHMIC * values.min() else "linear"
+
+
+def _warn_outside(parameter: Parameter, values: np.ndarray, name: str) -> None:
+    asked_for = values[np.isfinite(values)]
+    if len(asked_for) and name not in parameter.classes:
+        warnings.warn(f"{parameter.name}: no image of {name} that this was trained on has it", stacklevel=4)
+    elif parameter.scale != "angle" and len(asked_for):
+        found, (low, high) = parameter.phase(asked_for), parameter.phase(np.array([parameter.low, parameter.high]))
+        beyond = np.maximum(low - found, found - high)
+        if beyond.max() <= _MARGIN * (high - low):
+            return
+        worst = asked_for[beyond.argmax()]
+        warnings.warn(f"{worst:g} is outside what this was trained on: {parameter}", stacklevel=4)
+
+
+def _folders_of(file: str) -> list[str]:
+    """Folders between the root and a file, as "train" and "train/axion" for train/axion/0.npy."""
+    parts = file.split("/")[:-1]
+    return ["/".join(parts[: i + 1]) for i in range(len(parts)) if parts[i] != ".."]
+
+
+def _merge(known: dict[str, Column], table: dict[str, Column], count: int) -> None:
+    """Adds the columns of a table, whose values count before those that are there."""
+    for name, (values, unit) in table.items():
+        before = known.get(name, Column(np.full(count, np.nan)))
+        known[name] = Column(np.where(np.isfinite(values), values, before.values), unit or before.unit)
+
+
+def _read_table(path: Path, folder: str, files: Sequence[str]) -> dict[str, Column]:
+    """Columns of a table for files, some of which may not be in it."""
+    from astropy.table import Table  # here, since it takes a second and few need it
+
+    try:
+        table = Table.read(path, format="fits" if path.suffix == ".fits" else "ascii.csv")
+    except Exception:  # astropy can raise nearly anything
+        raise InputError(f"{path}: is damaged, or no table") from None
+    names = _names_in(table, path)
+    prefix = f"{folder}/" if folder else ""
+    here = {file.removeprefix(prefix): i for i, file in enumerate(files) if file.startswith(prefix)}
+    alone: dict[str, int] = {}
+    for file, i in here.items():  # by its name alone, where that is the only one
+        short = file.rsplit("/", 1)[-1]
+        alone[short] = -1 if short in alone else i
+    rows = np.array([here.get(name, alone.get(name, -1)) for name in names], np.int64)
+    if not (rows >= 0).any():
+        first = f"it begins with {names[0]}, the folder with {min(here)}" if names else "it is empty"
+        raise InputError(f"{path}: no row is of a file in its folder: {first}")
+    found = {}
+    for name, column in _flat(table).items():
+        values = np.full(len(files), np.nan)
+        values[rows[rows >= 0]] = column.values[rows >= 0]
+        found[name] = Column(values, column.unit)
+    return found
+
+
+def _names_in(table: Any, path: Path) -> list[str]:
+    """The file that each row of a table is of."""
+    if "file" not in table.colnames and {"class", "index"} <= {*table.colnames}:
+        return [f"{of}/{index}.npy" for of, index in zip(table["class"], table["index"], strict=True)]
+    key = "file" if "file" in table.colnames else table.colnames[0]
+    if path.suffix == ".fits" and key != "file":
+        raise InputError(f'{path}: has no column "file"')
+    return [str(name).strip() for name in table[key]]
+
+
+def _flat(table: Any) -> dict[str, Column]:
+    """The columns of numbers of a table, each of one number a row; see the top of this file."""
+    found, many = {}, {}
+    for key in table.colnames:
+        column = table[key]
+        if column.dtype.kind not in "iufb" or column.ndim > 3:
+            continue
+        name, bracketed = re.fullmatch(r"\s*(.*?)\s*(?:[\[(](.*)[\])])?\s*", key).groups()
+        values = np.ma.filled(np.ma.masked_array(column, dtype=np.float64), np.nan)
+        unit = str(column.unit or bracketed or "")
+        parts = {name: values}
+        if name.endswith("_xy") and values.ndim > 1 and values.shape[-1] == 2:
+            parts = {name.removesuffix("xy") + axis: values[..., i] for i, axis in enumerate("xy")}
+        for part, of_part in parts.items():
+            (found if of_part.ndim == 1 else many)[part] = Column(of_part, unit)
+    for name, (values, unit) in many.items():
+        mass = many.get(f"{name.rpartition('_')[0]}_mass")
+        if mass is not None and mass.values.shape == values.shape:  # the heaviest object first
+            values = np.take_along_axis(values, np.argsort(-mass.values, 1, kind="stable"), 1)
+        if values.ndim > 2:
+            continue
+        found |= {f"{name}_{i + 1}": Column(values[:, i], unit) for i in range(values.shape[1])}
+        if name.endswith("_mass"):
+            there = np.isfinite(values).any(1)
+            found[f"{name}_total"] = Column(np.where(there, np.nansum(values, 1), np.nan), unit)
+    return found
+
+
+def _read_headers(root: Path, files: Sequence[str], names: Sequence[str]) -> dict[str, Column]:
+    """Keywords of FITS headers that some files have."""
+    from image_files import read_keywords
+
+    found: dict[str, np.ndarray] = {}
+    units: dict[str, str] = {}
+    for i, file in enumerate(tqdm(files, "reading headers", unit="file", leave=False, delay=1)):
+        for name, (value, unit) in read_keywords(root / file, names).items():
+            found.setdefault(name, np.full(len(files), np.nan))[i] = value
+            units[name] = unit
+    return {name: Column(values, units[name]) for name, values in found.items()}
+
+
+def _some(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
