@@ -43,6 +43,9 @@ COMPARE_PATH: str | None = None  # A second checkpoint, or folder of images, to 
 CLASSIFIER_PATH: str = settings.first_there(  # Gives the lens features, likewise
     "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
 )
+REGRESSOR_PATH: str = settings.first_there(  # Reads parameters off images, where the generator knows any, likewise
+    "regressor_training_resnet18/regressor_ckpts/resnet18_best.pt", "weights/resnet18_regressor.safetensors"
+)
 INCEPTION_WEIGHTS_PATH: str | None = None  # File of its weights, for a machine without network
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" goes on without the files that cannot be read
 CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
@@ -118,9 +121,11 @@ def main() -> None:
             report.print_table(scored[-1], count)
     if not distributed.is_main():
         return
+    told = {name: ask(model, real, count) for name, model in zip(names, found, strict=True) if knows(model, real)}
+    report.print_obedience(told)
     report.write_lenses(FIGURE_PATH, scored[0])
-    report.write_json(Path(REPORT_DIR) / "report.json", settings.constants(globals()), scored)
-    report.write_html(Path(REPORT_DIR) / "report.html", settings.constants(globals()), scored)
+    report.write_json(Path(REPORT_DIR) / "report.json", settings.constants(globals()), scored, told)
+    report.write_html(Path(REPORT_DIR) / "report.html", settings.constants(globals()), scored, told)
     print(f"Pictures: {FIGURE_PATH} and {Path(REPORT_DIR) / 'report.html'}, images: {samples[0][0].root_dir}/")
 
 
@@ -131,6 +136,32 @@ def views(real: NpyDataset) -> list[tuple[str, list[Observer | None]]]:
     """
     found = [(f", as {INSTRUMENT} sees it" if INSTRUMENT else "", observers_of(real, INSTRUMENT, PEAK, SEED, 4))]
     return [*found, (", noise-free", [None] * 4)] if INSTRUMENT and BESIDE else found
+
+
+def knows(model: NpyDataset | Generator, real: NpyDataset) -> bool:
+    """Whether it can be asked for the parameters of the real images."""
+    if not isinstance(model, Generator) or not model.lens_parameters:
+        return False
+    try:
+        model.phases_of(real)
+    except InputError as error:
+        print(f"Nothing is asked for by its parameters: {error}")
+        return False
+    return True
+
+
+def ask(model: Generator, real: NpyDataset, count: int) -> dict[str, Any]:
+    """What comes of asking for the parameters of real images; see ``metrics.obedience``."""
+    from metrics.obedience import obedience
+    from models.regressor import load_regressor
+
+    try:
+        regressor = load_regressor(REGRESSOR_PATH, model.device)
+        print(f"Parameters are read by {REGRESSOR_PATH}")
+    except InputError as error:
+        print(f"Parameters of generated images are not read: {error}")
+        regressor = None
+    return obedience(model, regressor, real, count, SEED, BATCH_SIZE)
 
 
 def check_places() -> None:

@@ -28,6 +28,8 @@ from simulate.recipes import origin_of, recipe_of, scale_of
 # What a floor is called where it is not real images against others
 FLOORS = {"class_accuracy": "  classifier accuracy, real", **dict.fromkeys(TITLES, "  floor: real ones in their place")}
 PACKAGES = ("torch", "torchvision", "torchmetrics", "numpy", "lenstronomy")
+TOLD = ("emulation", "recovery", "conditionals", "order")  # what ``obedience`` finds that is numbers
+Obedience = dict[str, Any]
 _SHOWN = 8  # images of a class in the grids
 
 
@@ -54,6 +56,18 @@ def print_table(sample: Sample, count: int) -> None:
     print("", *verdict.sentences(sample), "", sep="\n")
 
 
+def print_obedience(told: dict[str, Obedience]) -> None:
+    """Tables of what came of asking for parameters."""
+    for name, found in told.items():
+        print(f"\n{name}, asked for the parameters of test images")
+        for rows in _obedience_tables(found).values():
+            widths = [2 + max(map(len, cells)) for cells in zip(*rows, strict=True)]
+            for first, *others in rows:
+                cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+                print(f"{first:{widths[0]}}{''.join(cells)}")
+            print()
+
+
 def write_lenses(path: str, sample: Sample) -> None:
     """A row of real and a row of generated lenses for each class, with the class's scores beside them."""
     rows, real = {}, sample.reference.sample
@@ -66,8 +80,11 @@ def write_lenses(path: str, sample: Sample) -> None:
     plots.save(plots.image_grid(rows), path)
 
 
-def write_json(path: Path, settings: dict[str, Any], samples: list[Sample]) -> None:
-    """report.json: the metrics of the first sample, those of the others under "compared", and how they were made."""
+def write_json(
+    path: Path, settings: dict[str, Any], samples: list[Sample], told: dict[str, Obedience] | None = None
+) -> None:
+    """report.json: the metrics of the first sample, those of the others under "compared", how they were made, and what
+    came of asking for parameters, by generator."""
     reference, everyone = samples[0].reference, _everyone(samples)
     content = {
         "settings": settings,
@@ -83,6 +100,7 @@ def write_json(path: Path, settings: dict[str, Any], samples: list[Sample]) -> N
         "metrics": samples[0].metrics,
         "lens_fit": {sample.name: _lens_fit(sample) for sample in everyone if "explained" in sample.measured},
         "confusion": {sample.name: _confusion(sample).tolist() for sample in everyone if _is_classified(sample)},
+        "parameters": {name: {of: found[of] for of in TOLD if of in found} for name, found in (told or {}).items()},
         "compared": [{"name": s.name, "source": s.source, "metrics": s.metrics} for s in samples[1:]],
     }
     with whole(path) as file:
@@ -100,7 +118,9 @@ def _lens_fit(sample: Sample) -> dict[str, dict[str, float]]:
     return found
 
 
-def write_html(path: Path, settings: dict[str, Any], samples: list[Sample]) -> None:
+def write_html(
+    path: Path, settings: dict[str, Any], samples: list[Sample], told: dict[str, Obedience] | None = None
+) -> None:
     """report.html: self-contained, with the verdict first, then the pictures; the other metrics fold open."""
     everyone, splits = _everyone(samples), settings["NUM_SPLITS"]
     classes, unit = samples[0].dataset.classes, scale_of(samples[0].real)[1]
@@ -140,6 +160,7 @@ def write_html(path: Path, settings: dict[str, Any], samples: list[Sample]) -> N
                 plots.image_grid(rows),
             )
         )
+    sections += [_obedience(name, found) for name, found in (told or {}).items()]
     rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in settings.items())
     sections.append(_folded("Settings", f"<table>{rows}</table>"))
     with whole(path) as file:
@@ -263,6 +284,57 @@ def _lens_equation(samples: Sequence[Sample]) -> str:
         plots.histograms(_panels(samples, "lens_residual"), "residual (RMS over peak)"),
         *(_residual_figure(sample) for sample in samples),
     )
+
+
+def _obedience(name: str, found: Obedience) -> str:
+    """What came of asking a generator for the parameters of test images."""
+    tables = "".join(
+        f"<h3>{title}</h3><table>"
+        + "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        + "</table>"
+        for title, rows in _obedience_tables(found).items()
+    )
+    errors = {of_class: {"generated": values} for of_class, values in found["errors"].items()}
+    figures = [plots.histograms(errors, "error (RMS over peak)")]
+    figures += [plots.recovery(found["panels"])] if found.get("panels", {}).get("real") else []
+    worst = {title: images.numpy() for title, images in found["worst"].items()}
+    figures.append(plots.image_grid(worst, "the worst of all", signed=["difference, ±0.05"]))
+    text = (
+        "Test images drawn anew from their class and parameters. The error is that of every pixel against the test "
+        "image itself; values are those that a regressor reads off generated and off real images."
+    )
+    return _section(f"Asked for by parameters: {name}", text, *figures) + _folded("Parameters in numbers", tables)
+
+
+def _obedience_tables(found: Obedience) -> dict[str, list[list[str]]]:
+    """Title -> rows of cells, the first of which is the head."""
+    emulation = found["emulation"]
+    noises = [key for key in next(iter(emulation.values())) if key not in ("given", "class", "median", "worst")]
+    keys = {"given": "error", "median": "median", "worst": "worst", "class": "by class alone"}
+    keys |= {noise: f"noise of {noise}" for noise in noises}
+    tables = {
+        "Emulation, RMS over peak": [
+            ["RMS over peak", *keys.values()],
+            *([name, *(f"{100 * row[key]:.3g}%" for key in keys)] for name, row in emulation.items()),
+        ]
+    }
+    if "recovery" in found:
+        generated, real = found["recovery"]["generated"], found["recovery"]["real"]
+        tables["Recovery, of generated and of real images"] = [
+            ["parameter", "R^2", "R^2, real", "bias", "scatter", "scatter, real", "in order"],
+            *(
+                [f"{name} ({row['unit']})" if row["unit"] else name, f"{row['r2']:.4f}", f"{real[name]['r2']:.4f}"]
+                + [f"{value:.3g}" for value in (row["bias"], row["scatter"], real[name]["scatter"])]
+                + [f"{found['order'][name]:.3f}" if name in found["order"] else "-"]
+                for name, row in generated.items()
+            ),
+        ]
+    if conditionals := found.get("conditionals"):
+        tables["Free parameters, W1 over their deviation, where those of every class are given"] = [
+            ["free parameter", "W1", "floor"],
+            *([name, f"{row['value']:.3g}", f"{row['floor']:.3g}"] for name, row in conditionals.items()),
+        ]
+    return tables
 
 
 def _residual_figure(sample: Sample, count: int = 6) -> Figure:

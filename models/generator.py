@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from models import flow
 from models.checkpoint import generator_weights, load_checkpoint, load_weights, plain_names
 from models.components import EXTRA, ComponentMLP, PrincipalComponents, without_attention
 from models.model import NanoDiT
-from parameters import Parameter, as_plain, asked, from_plain, objects, phases
+from parameters import Parameter, as_plain, asked, from_plain, objects, phases, phases_of
 from scaling import Scaling
 from settings import Count, Guidance, InputError, Interval, Steps, Whole, checked
 
@@ -154,14 +153,9 @@ class Generator(nn.Module):
             labels if phases is None or not self.lens_parameters else torch.cat([labels[:, None].to(phases), phases], 1)
         )
 
-    def phases(self, columns: Mapping[str, np.ndarray]) -> Tensor | None:
-        """Phases (n, parameters) of values (n,) by name; None of a generator without parameters."""
-        return phases(self.lens_parameters, columns) if self.lens_parameters else None
-
     def phases_of(self, images: NpyDataset) -> Tensor | None:
-        """The same for the images of a data set, as its tables say them."""
-        names = [parameter.name for parameter in self.lens_parameters]
-        return self.phases({name: column.values for name, column in images.columns(names).items()}) if names else None
+        """Phases (n, parameters) of the images of a data set, as its tables say them; None without parameters."""
+        return phases_of(self.lens_parameters, images) if self.lens_parameters else None
 
     def along(self, times: list[float]) -> flow.Velocity:
         """``forward`` for a solver, which has all images at one time, and for weights that stay as they are.
@@ -438,6 +432,7 @@ def generate_image(
         checked("ode_steps", ode_steps, Steps | None), checked("cfg_scale", cfg_scale, Guidance | None)
     )
     labels = torch.full((checked("num_samples", num_samples, Count),), label)
-    known = model.phases(asked(model.lens_parameters, parameters, num_samples, model.classes[label]))
+    columns = asked(model.lens_parameters, parameters, num_samples, model.classes[label])
+    known = phases(model.lens_parameters, columns) if columns else None
     images = model.generate(labels, sampler, checked("seed", seed, Whole), phases=known)
     return images if checked("scaled", scaled, bool) else model.scaling.undo(images)

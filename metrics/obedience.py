@@ -1,0 +1,150 @@
+"""Whether generated lenses have the parameters that they were asked for, and are the very lenses of a simulator.
+
+The test images say what to ask for. Each is drawn anew from its class and its parameters, and compared with the test
+image itself, pixel by pixel (emulation) and by what a regressor reads off both (recovery).
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr, wasserstein_distance
+from torch import Tensor
+
+from dataset import NpyDataset, some_of_each_class
+from models.generator import Generator
+from models.regressor import LensRegressor, Recovery
+from parameters import phases_of
+from settings import InputError
+from simulate.instrument import INSTRUMENTS, observer_of
+
+_SWEPT, _STEPS = 30, 7  # lenses that a parameter is swept of, and values that it takes
+_FEWEST = 20  # images whose free parameters are compared
+WORST = 8  # images that are kept to be shown
+
+
+def obedience(
+    model: Generator, regressor: LensRegressor | None, test: NpyDataset, count: int, seed: int, batch_size: int
+) -> dict[str, Any]:
+    """Everything that the report says of a generator with parameters, by ``count`` test images of each class.
+
+    Returns:
+        "emulation", by class: RMS over peak of the difference to the very lens that was asked for, with all that is
+        known of it ("given") and with its class alone ("class"), and that of what two telescopes' noise does to it;
+        "recovery", by parameter: R^2 and more of generated and real images; "conditionals", by free parameter: W1
+        between what is read off generated images of some known parameters and off real ones, in standard deviations,
+        beside that of real images against each other; "order", by parameter: rank correlation of asked and read values
+        as that parameter alone is swept; and what is drawn: "panels", "worst" images and "errors".
+    """
+    index = some_of_each_class(test.labels, count, seed)
+    labels, asked = test.labels[index], phases_of(model.lens_parameters, test)[index]
+    real = test.read(index)
+
+    def draw(phases: Tensor | None, first: int = 0) -> Tensor:
+        return model.generate(labels, seed=seed, batch_size=batch_size, first=first, phases=phases)
+
+    given, free = draw(asked), draw(None, len(labels))
+    errors = _rms(given - real) / _peak(real)
+    found = {"emulation": _emulation(test, index, real, errors, _rms(free - real) / _peak(real)), "errors": {}}
+    for label, name in enumerate(test.classes):
+        found["errors"][name] = errors[labels == label].numpy()
+    worst = errors.argsort(descending=True)[:WORST]
+    found["worst"] = {"asked for": real[worst], "generated": given[worst], "difference, ±0.05": (given - real)[worst]}
+    if regressor:
+        known = phases_of(regressor.lens_parameters, test)[index]
+        of_given, of_real = (Recovery.between(regressor, known, images) for images in (given, real))
+        found["recovery"] = {"generated": of_given.table(), "real": of_real.table()}
+        found["panels"] = {"generated": of_given.panels(), "real": of_real.panels()}
+        found["conditionals"] = _conditionals(model, regressor, labels, asked, real, draw)
+        found["order"] = _order(model, regressor, labels, asked, seed, batch_size)
+    return found
+
+
+def _emulation(test: NpyDataset, index: Tensor, real: Tensor, errors: Tensor, of_class: Tensor) -> dict[str, Any]:
+    """Errors by class, beside those of a lens of the same class and the noise of telescopes."""
+    noises = {}
+    for instrument in INSTRUMENTS:
+        with suppress(InputError):  # of images whose brightness or pixels nobody knows
+            observers = (observer_of(test, instrument, seed=seed) for seed in (0, 1))
+            looks = [test.observed(observer).read(index) for observer in observers]
+            noises[instrument] = _rms(looks[0] - looks[1]) / 2**0.5
+    found, labels = {}, test.labels[index]
+    for label, name in enumerate(test.classes):
+        here = labels == label
+        found[name] = {"given": _root_mean_square(errors[here]), "class": _root_mean_square(of_class[here])}
+        found[name] |= {"median": errors[here].median().item(), "worst": errors[here].max().item()}
+        found[name] |= {instrument: _root_mean_square(noise[here]) for instrument, noise in noises.items()}
+    return found
+
+
+def _conditionals(
+    model: Generator, regressor: LensRegressor, labels: Tensor, asked: Tensor, real: Tensor, draw: Callable[..., Tensor]
+) -> dict[str, Any]:
+    """Distances of free parameters when those that every class has are given."""
+    given = torch.tensor([{*of.classes} >= {*model.classes} for of in model.lens_parameters])
+    if given.all() or not given.any():
+        return {}
+    images = draw(asked.masked_fill(~given, math.nan), 2 * len(labels))
+    generated, real = (regressor.read(some).double().numpy() for some in (images, real))
+    found, even = {}, np.arange(len(labels)) % 2 == 0
+    for i, of in enumerate(regressor.lens_parameters):
+        here = np.isin(labels, [label for label, name in enumerate(model.classes) if name in of.classes])
+        if {*of.classes} >= {*model.classes} or here.sum() < _FEWEST:
+            continue
+        distance = _circular if of.scale == "angle" else wasserstein_distance
+        values = {
+            "value": distance(generated[here, i], real[here, i]),
+            # Of halves, whose distance is by a root of two larger than that of all would be
+            "floor": distance(real[here & even, i], real[here & ~even, i]) / 2**0.5,
+        }
+        found[of.name] = {name: float(value / real[here, i].std()) for name, value in values.items()}
+    return found
+
+
+def _order(
+    model: Generator, regressor: LensRegressor, labels: Tensor, asked: Tensor, seed: int, batch_size: int
+) -> dict[str, float]:
+    """Rank correlation of the values that a parameter is swept through and those that are read, over lenses."""
+    found = {}
+    places = {of.name: i for i, of in enumerate(model.lens_parameters)}
+    for read_at, of in enumerate(regressor.lens_parameters):
+        if of.name not in places or of.scale == "angle":
+            continue
+        place = places[of.name]
+        lenses = torch.nonzero(asked[:, place].isfinite()).flatten()
+        lenses = lenses[:: math.ceil(len(lenses) / _SWEPT)]
+        grid = torch.linspace(*asked[lenses, place].aminmax(), _STEPS)
+        phases = asked[lenses].repeat_interleave(_STEPS, 0)
+        phases[:, place] = grid.repeat(len(lenses))
+        images = model.generate(
+            labels[lenses].repeat_interleave(_STEPS), seed=seed, batch_size=batch_size, phases=phases
+        )
+        read = regressor.read(images)[:, read_at].view(len(lenses), _STEPS)
+        found[of.name] = float(np.mean([spearmanr(grid, row).statistic for row in read]))
+    return found
+
+
+def _circular(first: np.ndarray, second: np.ndarray) -> float:
+    """W1 of angles, in radians: the least of those that begin to count anywhere on the circle (Delon et al. 2010)."""
+    angles = np.sort(np.concatenate([first, second]) % (2 * np.pi))
+    lengths = np.diff(np.append(angles, angles[0] + 2 * np.pi))
+    above = [np.searchsorted(np.sort(of % (2 * np.pi)), angles, "right") / len(of) for of in (first, second)]
+    difference = above[0] - above[1]
+    order = difference.argsort()
+    middle = difference[order][np.searchsorted(lengths[order].cumsum(), np.pi)]
+    return float((np.abs(difference - middle) * lengths).sum())
+
+
+def _rms(images: Tensor) -> Tensor:
+    return images.square().mean((1, 2, 3)).sqrt()
+
+
+def _peak(images: Tensor) -> Tensor:
+    return images.amax((1, 2, 3)).clamp_min(1e-6)
+
+
+def _root_mean_square(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()

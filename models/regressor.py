@@ -1,0 +1,160 @@
+"""The lens regressor: torchvision's ResNet18 (He et al. 2015, arXiv:1512.03385) that reads physical parameters off
+images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+from tqdm import tqdm
+
+from dataset import NpyDataset
+from models.checkpoint import load_checkpoint, load_weights
+from models.classifier import classifier_transforms
+from parameters import Parameter, as_plain, from_plain, phases_of
+from settings import InputError
+
+_FEWEST = 10  # images with a known parameter that something is said about
+
+
+class LensRegressor(torchvision.models.ResNet):
+    """ResNet18 with an output for the phase of each parameter, and two, its cosine and sine, for those that are angles.
+
+    Attributes:
+        image_size: pixels that images are resized to.
+        channels: of the images.
+        lens_parameters: that it reads, in order.
+    """
+
+    def __init__(self, image_size: int, channels: int, parameters: Sequence[Parameter]):
+        self.slices, last = [], 0
+        for of in parameters:
+            self.slices.append(slice(last, last := last + 1 + (of.scale == "angle")))
+        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=last, zero_init_residual=True)
+        if channels not in (1, 3):
+            self.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+        self.image_size, self.channels, self.lens_parameters = image_size, channels, tuple(parameters)
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says of it."""
+        return {
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "regressor_parameters": as_plain(self.lens_parameters),
+        }
+
+    def targets(self, phases: Tensor) -> Tensor:
+        """Outputs (n, outputs) that phases (n, parameters) should have; NaN where unknown."""
+        parts = []
+        for phase, of in zip(phases.unbind(1), self.lens_parameters, strict=True):
+            parts += [phase.cos(), phase.sin()] if of.scale == "angle" else [phase]
+        return torch.stack(parts, 1)
+
+    @torch.inference_mode()
+    def read(self, images: Tensor, batch_size: int = 128) -> Tensor:
+        """Phases (n, parameters) of images (n, c, h, w) of any range, on the CPU."""
+        device, outputs = self.fc.weight.device, []
+        for batch in tqdm(images.split(batch_size), "reading parameters", unit="batch", leave=False, delay=1):
+            outputs.append(self(classifier_transforms(batch.to(device), self.image_size)).float().cpu())
+        outputs, phases = torch.cat(outputs), []
+        for where, of in zip(self.slices, self.lens_parameters, strict=True):
+            part = outputs[:, where]
+            phases.append(torch.atan2(part[:, 1], part[:, 0]) if of.scale == "angle" else part[:, 0])
+        return torch.stack(phases, 1)
+
+    def read_values(self, images: Tensor, batch_size: int = 128) -> dict[str, np.ndarray]:
+        """The same in the units of the parameters, by name, (n,) each."""
+        phases = self.read(images, batch_size).double().numpy()
+        return {of.name: of.value(phases[:, i]) for i, of in enumerate(self.lens_parameters)}
+
+
+@dataclass
+class Recovery:
+    """Phases (n, parameters) that were asked for, NaN where nothing was, and those that a regressor reads."""
+
+    parameters: Sequence[Parameter]
+    asked: np.ndarray
+    read: np.ndarray
+
+    @classmethod
+    def of(cls, regressor: LensRegressor, images: NpyDataset) -> "Recovery":
+        """What a regressor reads off the images of a folder that says what they are."""
+        return cls.between(regressor, phases_of(regressor.lens_parameters, images), images.images)
+
+    @classmethod
+    def between(cls, regressor: LensRegressor, asked: Tensor, images: Tensor) -> "Recovery":
+        """What it reads off images (n, c, s, s) that have, or should have, phases (n, parameters)."""
+        return cls(regressor.lens_parameters, asked.double().numpy(), regressor.read(images).double().numpy())
+
+    def loss(self) -> float:
+        """Mean squared error of all phases, those of angles by sine and cosine."""
+        errors = [self._errors(i)[0] for i in range(len(self.parameters))]
+        return float(np.concatenate(errors).mean())
+
+    def table(self) -> dict[str, dict[str, Any]]:
+        """R^2, bias and scatter of each parameter; those of its logarithm where that is its scale.
+
+        R^2 of an angle is that of its sine and cosine.
+        """
+        found = {}
+        for i, of in enumerate(self.parameters):
+            squared, spread, difference = self._errors(i)
+            if len(squared) < _FEWEST:
+                continue
+            unit = f"log10 {of.unit}".strip() if of.scale == "log10" else of.unit
+            r2 = 1 - squared.mean() / spread if spread > 0 else float("nan")
+            found[of.name] = {"r2": float(r2), "bias": float(difference.mean()), "scatter": float(difference.std())}
+            found[of.name] |= {"unit": unit, "count": len(squared)}
+        return found
+
+    def panels(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Values asked for and read, by a title with the unit; logarithms where that is the scale."""
+        found = {}
+        for i, of in enumerate(self.parameters):
+            known = np.isfinite(self.asked[:, i])
+            if known.sum() >= _FEWEST:
+                asked, read = (of.value(phases[known, i]) for phases in (self.asked, self.read))
+                if of.scale == "log10":
+                    asked, read = np.log10(asked), np.log10(read)
+                unit = f" ({'log10 ' if of.scale == 'log10' else ''}{of.unit})" if of.unit else ""
+                found[f"{of.name}{unit}"] = asked, read
+        return found
+
+    def _errors(self, i: int) -> tuple[np.ndarray, float, np.ndarray]:
+        """Squared errors of a parameter's phases, their variance, and the differences in its unit."""
+        of, known = self.parameters[i], np.isfinite(self.asked[:, i])
+        asked, read = self.asked[known, i], self.read[known, i]
+        if of.scale == "angle":
+            asked, read = np.exp(1j * asked), np.exp(1j * read)
+            difference = np.angle(read / asked) * of.period / (2 * np.pi)
+            return np.abs(read - asked) ** 2, float(np.var(asked)), difference
+        difference = read - asked
+        return difference**2, float(asked.var()), 2 * of.deviation * difference
+
+
+def build_regressor(image_size: int, channels: int, parameters: Sequence[Parameter]) -> LensRegressor:
+    """An untrained regressor of these parameters, for images that are resized to ``image_size`` pixels."""
+    return LensRegressor(image_size, channels, parameters).to(memory_format=torch.channels_last)
+
+
+def load_regressor(path: str | Path, device: str | torch.device = "cpu") -> LensRegressor:
+    """The trained regressor of a checkpoint, in evaluation mode.
+
+    Raises:
+        InputError: for a file that is not a checkpoint of a regressor.
+    """
+    content = load_checkpoint(path, device)
+    try:
+        size, channels, told = (content[name] for name in ("image_size", "channels", "regressor_parameters"))
+        if not (isinstance(size, int) and 8 <= size <= 1024 and isinstance(channels, int) and 0 < channels <= 16):
+            raise ValueError
+        model = build_regressor(size, channels, from_plain(told))
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: its weights are of another network, where a regressor is wanted") from None
+    load_weights(model, content["model_state_dict"], path)
+    return model.to(device).eval().requires_grad_(False)
