@@ -21,7 +21,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +51,7 @@ from image_files import (  # noqa: F401
     read_stack,
     stem_of,
 )
-from parameters import Column, read_columns
+from parameters import Column, Parameter, phases, read_columns
 from scaling import Scaling
 from settings import InputError
 
@@ -166,6 +166,11 @@ class NpyDataset(Dataset):
             InputError: for one that none of these has.
         """
         return read_columns(self.root_dir, self.files, self.values, tuple(names))
+
+    def phases(self, parameters: Sequence[Parameter]) -> Tensor:
+        """The same as networks see them, (n, parameters) float32, NaN where unknown."""
+        columns = self.columns(parameter.name for parameter in parameters)
+        return phases(parameters, {name: column.values for name, column in columns.items()})
 
     @cached_property
     def identity(self) -> str:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from settings import InputError
-
-if TYPE_CHECKING:
-    from dataset import NpyDataset
 
 TABLES = ("parameters.fits", "parameters.csv")
 SCALES = ("linear", "log10", "angle")
@@ -157,12 +154,6 @@ def name_of(specification: str) -> str:
 def phases(parameters: Sequence[Parameter], columns: Mapping[str, np.ndarray]) -> Tensor:
     """Values (n,) of parameters by name as (n, parameters) float32, as a network sees them; NaN where unknown."""
     return torch.from_numpy(np.stack([of.phase(columns[of.name]) for of in parameters], 1).astype(np.float32))
-
-
-def phases_of(parameters: Sequence[Parameter], images: "NpyDataset") -> Tensor:
-    """The same for the images of a data set, as its tables say them."""
-    columns = images.columns([of.name for of in parameters])
-    return phases(parameters, {name: column.values for name, column in columns.items()})
 
 
 def objects(parameters: Sequence[Parameter]) -> list[list[list[int]]]:

@@ -17,7 +17,6 @@ from torch import Tensor
 from dataset import NpyDataset, some_of_each_class
 from models.generator import Generator
 from models.regressor import LensRegressor, Recovery
-from parameters import phases_of
 from settings import InputError
 from simulate.instrument import INSTRUMENTS, observer_of
 
@@ -40,7 +39,7 @@ def obedience(
         as that parameter alone is swept; and what is drawn: "panels", "worst" images and "errors".
     """
     index = some_of_each_class(test.labels, count, seed)
-    labels, asked = test.labels[index], phases_of(model.lens_parameters, test)[index]
+    labels, asked = test.labels[index], test.phases(model.lens_parameters)[index]
     real = test.read(index)
 
     def draw(phases: Tensor | None, first: int = 0) -> Tensor:
@@ -54,7 +53,7 @@ def obedience(
     worst = errors.argsort(descending=True)[:WORST]
     found["worst"] = {"asked for": real[worst], "generated": given[worst], "difference, ±0.05": (given - real)[worst]}
     if regressor:
-        known = phases_of(regressor.lens_parameters, test)[index]
+        known = test.phases(regressor.lens_parameters)[index]
         of_given, of_real = (Recovery.between(regressor, known, images) for images in (given, real))
         found["recovery"] = {"generated": of_given.table(), "real": of_real.table()}
         found["panels"] = {"generated": of_given.panels(), "real": of_real.panels()}

@@ -265,7 +265,9 @@ class ComponentMLP(ModulatedNetwork):
         self.final_layer = FinalLayer(hidden_size, components)
         self.initialize()
 
-    def apply_modulated(self, z: Tensor, t: Tensor, modulations: Sequence[Tensor], known: Tensor | None) -> Tensor:
+    def apply_modulated(
+        self, z: Tensor, t: Tensor, modulations: Sequence[Tensor], known: Tensor | None = None
+    ) -> Tensor:
         x = self.x_embedder(fourier_features(z / flow.deviation(self.standard_deviation, t)))[:, None]
         return self.through_blocks(x, modulations, known)[:, 0] * self.standard_deviation
 

@@ -21,7 +21,7 @@ from models import flow
 from models.checkpoint import generator_weights, load_checkpoint, load_weights, plain_names
 from models.components import EXTRA, ComponentMLP, PrincipalComponents, without_attention
 from models.model import NanoDiT
-from parameters import Parameter, as_plain, asked, from_plain, objects, phases, phases_of
+from parameters import Parameter, as_plain, asked, from_plain, objects, phases
 from scaling import Scaling
 from settings import Count, Guidance, InputError, Interval, Steps, Whole, checked
 
@@ -155,7 +155,7 @@ class Generator(nn.Module):
 
     def phases_of(self, images: NpyDataset) -> Tensor | None:
         """Phases (n, parameters) of the images of a data set, as its tables say them; None without parameters."""
-        return phases_of(self.lens_parameters, images) if self.lens_parameters else None
+        return images.phases(self.lens_parameters) if self.lens_parameters else None
 
     def along(self, times: list[float]) -> flow.Velocity:
         """``forward`` for a solver, which has all images at one time, and for weights that stay as they are.
@@ -173,9 +173,9 @@ class Generator(nn.Module):
             known.update(zip(t.tolist(), zip(*(part.split(len(classes)) for part in of_all), strict=True), strict=True))
 
         def evaluate(z: Tensor, t: Tensor, of_classes: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
-            labels, parameters = (embedded, None) if embedded.dim() == 1 else (embedded[:, 0].long(), embedded[:, 1:])
+            labels, *known = (embedded,) if embedded.dim() == 1 else (embedded[:, 0].long(), embedded[:, 1:])
             modulations = [F.embedding(labels, of_class) for of_class in of_classes]
-            output = self.network.apply_modulated(z, t, modulations, parameters)
+            output = self.network.apply_modulated(z, t, modulations, *known)
             return flow.to_velocity(output.float(), z, t, self.prediction)
 
         evaluate = self._compiler(evaluate)
@@ -193,8 +193,10 @@ class Generator(nn.Module):
     def embedded(self, condition: Tensor) -> Tensor:
         """A condition with its parameters as the vector that they are to the network: (n, 1 + width), or labels (n,)
         of a network without any."""
+        if not self.lens_parameters:
+            return condition
         labels, vectors = self.network.split(condition)
-        return labels if vectors is None else torch.cat([labels[:, None].to(vectors), vectors], 1)
+        return torch.cat([labels[:, None].to(vectors), vectors], 1)
 
     @torch.inference_mode()
     def generate(

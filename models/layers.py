@@ -40,11 +40,13 @@ class ModulatedNetwork(nn.Module):
         condition = self.t_embedder(t) + self.y_embedder(labels)
         return [part.adaLN_modulation(condition) for part in (*self.blocks, self.final_layer)]
 
-    def apply_modulated(self, x: Tensor, t: Tensor, modulations: Sequence[Tensor], known: Tensor | None) -> Tensor:
+    def apply_modulated(
+        self, x: Tensor, t: Tensor, modulations: Sequence[Tensor], known: Tensor | None = None
+    ) -> Tensor:
         """``forward`` for known modulations, at times t (n,), or (1,) for all, and the vectors of the parameters."""
         raise NotImplementedError
 
-    def through_blocks(self, tokens: Tensor, modulations: Sequence[Tensor], known: Tensor | None) -> Tensor:
+    def through_blocks(self, tokens: Tensor, modulations: Sequence[Tensor], known: Tensor | None = None) -> Tensor:
         """Tokens (n, tokens, width) through all blocks and the final layer."""
         if known is not None:
             tokens = tokens + known[:, None]

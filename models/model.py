@@ -77,7 +77,9 @@ class NanoDiT(ModulatedNetwork):
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
         self.initialize()
 
-    def apply_modulated(self, x: Tensor, t: Tensor, modulations: Sequence[Tensor], known: Tensor | None) -> Tensor:
+    def apply_modulated(
+        self, x: Tensor, t: Tensor, modulations: Sequence[Tensor], known: Tensor | None = None
+    ) -> Tensor:
         beyond = self.grid_size * self.patch_size - x.shape[-1]
         x = F.pad(x, (0, beyond, 0, beyond))
         return self.unpatchify(self.through_blocks(self.x_embedder(x) + self.pos_embed, modulations, known))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dataset import NpyDataset
 from models.checkpoint import load_checkpoint, load_weights
 from models.classifier import classifier_transforms
-from parameters import Parameter, as_plain, from_plain, phases_of
+from parameters import Parameter, as_plain, from_plain
 from settings import InputError
 
 _FEWEST = 10  # images with a known parameter that something is said about
@@ -84,7 +84,7 @@ class Recovery:
     @classmethod
     def of(cls, regressor: LensRegressor, images: NpyDataset) -> "Recovery":
         """What a regressor reads off the images of a folder that says what they are."""
-        return cls.between(regressor, phases_of(regressor.lens_parameters, images), images.images)
+        return cls.between(regressor, images.phases(regressor.lens_parameters), images.images)
 
     @classmethod
     def between(cls, regressor: LensRegressor, asked: Tensor, images: Tensor) -> "Recovery":

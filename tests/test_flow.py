@@ -233,7 +233,7 @@ def test_guidance_is_uncond_plus_scale_times_the_difference_in_one_batch():
         return by_label(z, t, labels)
 
     z, t, labels = torch.zeros(2, 1, 2, 2), torch.ones(2), torch.tensor([0, 1])
-    out = flow.guided(velocity, null_label=3, scale=5.0)(z, t, labels)
+    out = flow.guided(velocity, 3, scale=5.0)(z, t, labels)
     assert out[:, 0, 0, 0].tolist() == [3 + 5 * (0 - 3), 3 + 5 * (1 - 3)]
     assert sizes == [4]
 

@@ -16,7 +16,7 @@ from simulate.recipes import MODEL_II
 from train.recipes import RECIPES
 
 FILES = sorted((ROOT / "weights").glob("*.safetensors"))
-SCRIPTS = ("train_diffusion", "train_classifier", "export_weights")
+SCRIPTS = ("train_diffusion", "train_classifier", "train_regressor", "export_weights")
 
 
 def globals_of(stem: str) -> dict:

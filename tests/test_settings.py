@@ -494,6 +494,7 @@ def test_the_scripts_are_those_that_the_readme_names():
         "train/export_weights.py",
         "train/train_classifier.py",
         "train/train_diffusion.py",
+        "train/train_regressor.py",
     ]
 
 

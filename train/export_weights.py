@@ -14,10 +14,13 @@ import settings
 from models.checkpoint import load_checkpoint, save_weights
 from models.classifier import load_classifier
 from models.generator import build_generator
+from models.regressor import load_regressor
 from settings import InputError
 from train.recipes import RECIPES
 
-CHECKPOINT_PATH: str = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Or a classifier's
+CHECKPOINT_PATH: str = (
+    "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Or a classifier's or regressor's
+)
 OUTPUT_PATH: str = "weights/nanodit.safetensors"  # The file to write
 HALVED: str = ""  # Pattern for the names of parameters to store in float16, half as large; "*" for all
 
@@ -30,7 +33,8 @@ def main() -> None:
     content = load_checkpoint(CHECKPOINT_PATH)
     plain = {name: content[name] for name in _KEPT if name in content}
     if "image_size" in content:
-        network = load_classifier(CHECKPOINT_PATH)
+        load = load_regressor if "regressor_parameters" in content else load_classifier
+        network = load(CHECKPOINT_PATH)
         plain |= network.description()
         weights = network.state_dict()
     else:

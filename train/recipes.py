@@ -31,7 +31,7 @@ _OF_MODEL_II = ("source_x", "source_y", "axion_mass:log10", "vortex_angle:angle/
 _CLASSIFIER = {"IMAGE_SIZE": 64, "BATCH_SIZE": 64, "PRETRAINED": False}  # from scratch, on a CPU
 
 RECIPES: Recipes = {
-    "published": {"train_diffusion": {}, "train_classifier": {}, "export_weights": {}},
+    "published": {"train_diffusion": {}, "train_classifier": {}, "train_regressor": {}, "export_weights": {}},
     # Both networks in ten minutes on two cores, from 12,000 images
     "first_look": {
         "train_diffusion": _SMALL
@@ -104,6 +104,15 @@ RECIPES: Recipes = {
             "CHECKPOINT_PATH": "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt",
             "HALVED": "layer[34]*weight",
             "OUTPUT_PATH": "weights/resnet18_sharp.safetensors",
+        },
+    },
+    # weights/resnet18_regressor.safetensors: from 90,000 images
+    "resnet18_regressor": {
+        "train_regressor": {"PARAMETERS": _OF_MODEL_II[:5], "EPOCHS": 8, "AMP_DTYPE": "bfloat16"},
+        "export_weights": {
+            "CHECKPOINT_PATH": "regressor_training_resnet18/regressor_ckpts/resnet18_best.pt",
+            "HALVED": "layer[34]*weight",
+            "OUTPUT_PATH": "weights/resnet18_regressor.safetensors",
         },
     },
 }

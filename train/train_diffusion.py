@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from ema_pytorch import EMA
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -121,8 +121,7 @@ def main() -> None:
     before = generator_before(run)
     images.scaling = validation.scaling = choose_scaling(images, before)
     images.images = flow.to_network_range(images.images)  # once and for all epochs
-    parameters = choose_parameters(images, before)
-    generator = prepare_generator(images, before, parameters)
+    generator = prepare_generator(images, before)
     run.begin(images, generator.description())
     network = generator.to(device).network
     guidance = CFG_SCALE if len(images.classes) > 1 else 1.0  # of one class, there is nothing to be truer to
@@ -159,13 +158,8 @@ def main() -> None:
             noise = torch.randn(len(batch), *generator.sample_shape, generator=random, device=device)
             t = flow.draw_times(len(batch), TIME_SAMPLING, random, TIME_MEDIAN, TIME_WIDTH)
             batch = batch.to(images.labels.device)
-            labels = flow.drop_labels(images.labels[batch].to(device), len(images.classes), LABEL_DROPOUT, random)
+            condition = draw_condition(generator, images.labels[batch].to(device), phases, batch, random)
             ways = draw_orientations(AUGMENT, len(batch), random)
-            condition = labels
-            if phases is not None:
-                nothing = (labels == len(images.classes))[:, None]
-                known = flow.hide(phases[batch.cpu()].to(device), PARAMETER_DROPOUT, random)
-                condition = generator.condition(labels, known.masked_fill(nothing, math.nan))
 
             optimizer.zero_grad()
             loss = torch.zeros((), device=device)
@@ -276,16 +270,16 @@ def choose_parameters(images: NpyDataset, before: Generator | None) -> tuple[Par
     return tuple(fit(PARAMETERS, images.columns(names), classes)) if names else ()
 
 
-def prepare_generator(images: NpyDataset, before: Generator | None, parameters: tuple[Parameter, ...]) -> Generator:
+def prepare_generator(images: NpyDataset, before: Generator | None) -> Generator:
     """The generator of MODEL_SIZE and of the constants that are set beside it, or that of START_PATH with its weights.
 
     Args:
         before: a generator to go on with, whose principal components stay.
-        parameters: that it is to be told.
 
     Raises:
         InputError: for a network that cannot be, or is not that of START_PATH.
     """
+    parameters = choose_parameters(images, before)
     sizes = {"patch_size": PATCH_SIZE, "hidden_size": LATENT_DIM, "depth": MODEL_DEPTH, "num_heads": MODEL_HEADS}
     given = {name: value for name, value in (sizes | {"prediction": PREDICTION}).items() if value is not None}
     if START_PATH:
@@ -343,6 +337,18 @@ def start_from(
         raise InputError(f"{START_PATH} is of {there}, {DATA_DIR} of {here}", 2)
     print(f"network: that of {START_PATH}")
     return generator.with_parameters(parameters)
+
+
+def draw_condition(
+    generator: Generator, labels: Tensor, phases: Tensor | None, batch: Tensor, random: torch.Generator
+) -> Tensor:
+    """What the network is told of the images of a batch: their labels and parameters, of which some are hidden."""
+    null_label = len(generator.classes)
+    labels = flow.drop_labels(labels, null_label, LABEL_DROPOUT, random)
+    if phases is None:
+        return labels
+    known = flow.hide(phases[batch.cpu()].to(labels.device), PARAMETER_DROPOUT, random)
+    return generator.condition(labels, known.masked_fill((labels == null_label)[:, None], math.nan))
 
 
 def warmup_cosine(warmup: float, total: int, step: int) -> float:

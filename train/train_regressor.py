@@ -24,7 +24,7 @@ from dataset import NpyDataset, epoch_batches, load_parts
 from models.checkpoint import save_checkpoint
 from models.classifier import classifier_transforms
 from models.regressor import LensRegressor, Recovery, build_regressor, load_regressor
-from parameters import fit, name_of, phases_of
+from parameters import fit, name_of
 from settings import Count, Epochs, InputError, Interval, Names, NotNegative, Positive, Whole
 from train.recipes import RECIPES
 from train.run import Run
@@ -58,7 +58,7 @@ def main() -> None:
     parameters = fit(PARAMETERS, columns, [train.classes[label] for label in train.labels.tolist()])
     torch.manual_seed(SEED)
     model = build_regressor(IMAGE_SIZE, train.image_shape[0], parameters)
-    targets = model.targets(phases_of(parameters, train))
+    targets = model.targets(train.phases(parameters))
     run = Run(globals(), "regressor_ckpts/resnet18", device)
     run.begin(train, model.description())
     optimizer = torch.optim.AdamW(model.to(device).parameters(), LEARNING_RATE, weight_decay=0.01, fused=True)
