@@ -22,15 +22,13 @@ from dataset import NpyDataset, load_parts, some_of_each_class
 from files import claim
 from metrics.report import with_deviation
 from metrics.score import Reference, apart, check_match, fewest, subsets_of, titles_of
-from models.classifier import load_classifier
+from models.classifier import default_classifier, load_classifier
 from settings import Count, InputError, Positive, Splits, Whole
 from simulate.instrument import INSTRUMENTS, observers_of
 
 DATA_DIR: str = "data"  # Folder with a folder of images for each class
 OUTPUT_DIR: str = "metric_check"  # Where the broken images go
-CLASSIFIER_PATH: str = settings.first_there(  # Gives the lens features; the repository's if none was trained here
-    "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
-)
+CLASSIFIER_PATH: str | None = None  # Gives the lens features; None is that of the repository if none was trained here
 INSTRUMENT: Literal[(None, *INSTRUMENTS)] = None  # Looks at noise-free images, real and broken, with this telescope
 PEAK: Positive | None = None  # Counts per second of the brightest pixel, for INSTRUMENT; None takes it from the files
 CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
@@ -60,8 +58,9 @@ def main() -> None:
     count = min(IMAGES_PER_CLASS, fewest(test) // 2, fewest(val), fewest(train))
     if count < 3:
         raise InputError(f"{DATA_DIR}: too few images of a class; add images")
-    classifier = load_classifier(CLASSIFIER_PATH, settings.pick_device(DEVICE))
-    check_match(test, {CLASSIFIER_PATH: classifier})
+    path = CLASSIFIER_PATH or default_classifier(INSTRUMENT)
+    classifier = load_classifier(path, settings.pick_device(DEVICE))
+    check_match(test, {path: classifier})
     of_test, of_train, of_broken = observers_of(test, INSTRUMENT, PEAK, SEED, 3)
     reference = Reference(test.observed(of_test), train.observed(of_train), count, classifier, seed=SEED)
     folders = write_broken(Path(OUTPUT_DIR), train, val, count, SEED)

@@ -23,7 +23,7 @@ from settings import InputError
 
 NPY_PATH: str | None = None  # An image, or a folder of images; those in folders with the names of classes are scored
 MODEL_PATH: str = settings.first_there(  # The classifier: the one trained here, or else the one of the repository
-    "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_sharp.safetensors"
+    "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_observed.safetensors"
 )
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" goes on without the files that cannot be read
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one

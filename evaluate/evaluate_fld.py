@@ -40,9 +40,7 @@ CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained h
     "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/component_mlp.safetensors"
 )
 COMPARE_PATH: str | None = None  # A second checkpoint, or folder of images, to be scored in columns beside the first
-CLASSIFIER_PATH: str = settings.first_there(  # Gives the lens features, likewise
-    "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
-)
+CLASSIFIER_PATH: str | None = None  # Gives the lens features; None likewise, with INSTRUMENT one that knows noise
 REGRESSOR_PATH: str = settings.first_there(  # Reads parameters off images, where the generator knows any, likewise
     "regressor_training_resnet18/regressor_ckpts/resnet18_best.pt", "weights/resnet18_regressor.safetensors"
 )
@@ -64,7 +62,7 @@ def main() -> None:
     from metrics import report
     from metrics.inception import load_inception
     from metrics.score import Reference, check_match, fewest, half_size
-    from models.classifier import load_classifier
+    from models.classifier import default_classifier, load_classifier
 
     device = distributed.join(settings.pick_device(DEVICE))
     plots.check_format(FIGURE_PATH)  # now, not after minutes of work
@@ -74,11 +72,12 @@ def main() -> None:
             hold(REPORT_DIR)
         Path(FIGURE_PATH).parent.mkdir(parents=True, exist_ok=True)
         real, train = load_parts(REAL_DIR or DATA_DIR, "test", "train", on_bad_file=ON_BAD_FILE, cache_dir=CACHE_DIR)
-    classifier = load_classifier(CLASSIFIER_PATH, device)
-    print(f"Lens features of {CLASSIFIER_PATH}")
+    path = CLASSIFIER_PATH or default_classifier(INSTRUMENT)
+    classifier = load_classifier(path, device)
+    print(f"Lens features of {path}")
     paths = [GENERATED_DIR or CHECKPOINT_PATH] + ([COMPARE_PATH] if COMPARE_PATH else [])
     found = [open_folder_or_checkpoint(path, real.classes) for path in paths]
-    check_match(real, {CLASSIFIER_PATH: classifier, **dict(zip(paths, found, strict=True))})
+    check_match(real, {path: classifier, **dict(zip(paths, found, strict=True))})
     outputs = (OUTPUT_DIR, f"{OUTPUT_DIR.rstrip('/')}_compared")
     to_score = [
         folder if isinstance(folder, NpyDataset) else prepare(folder, path, output)
@@ -124,8 +123,9 @@ def main() -> None:
     told = {name: ask(model, real, count) for name, model in zip(names, found, strict=True) if knows(model, real)}
     report.print_obedience(told)
     report.write_lenses(FIGURE_PATH, scored[0])
-    report.write_json(Path(REPORT_DIR) / "report.json", settings.constants(globals()), scored, told)
-    report.write_html(Path(REPORT_DIR) / "report.html", settings.constants(globals()), scored, told)
+    constants = settings.constants(globals()) | {"CLASSIFIER_PATH": path}
+    report.write_json(Path(REPORT_DIR) / "report.json", constants, scored, told)
+    report.write_html(Path(REPORT_DIR) / "report.html", constants, scored, told)
     print(f"Pictures: {FIGURE_PATH} and {Path(REPORT_DIR) / 'report.html'}, images: {samples[0][0].root_dir}/")
 
 

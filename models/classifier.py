@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dataset import are_classes, normalize
 from models.checkpoint import load_checkpoint, load_weights
-from settings import InputError
+from settings import ROOT, InputError, first_there
 
 # What the published checkpoints leave out
 _PUBLISHED = {"image_size": 224, "classes": ("axion", "cdm", "no_sub"), "channels": 1, "kinds": ()}
@@ -83,7 +83,7 @@ class Calibration(nn.Module):
         temperature: that its logits are divided by (Guo et al. 2017, arXiv:1706.04599).
         centre, whitening: of the features (512) of training images: distances are those of Mahalanobis (Lee et al.
             2018, arXiv:1807.03888).
-        limit: distance that one in a hundred validation images exceeds.
+        limit: distance that one in a hundred validation images exceeds, the faintest ones for themselves, too.
     """
 
     def __init__(self, features: int = 512):
@@ -126,6 +126,14 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Len
     return model.to(device).eval().requires_grad_(False)
 
 
+def default_classifier(instrument: str | None = None) -> str:
+    """The path of the classifier that was trained here, or else of that of the repository: for noise-free images, or
+    for those that a telescope sees."""
+    shipped = "resnet18_observed" if instrument else "resnet18_lens"
+    here = "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt"
+    return str(ROOT / first_there(here, f"weights/{shipped}.safetensors"))
+
+
 @torch.inference_mode()
 def classify(
     model: LensClassifier, images: Tensor, batch_size: int = 128, show_progress: bool = True
@@ -164,12 +172,15 @@ def unlikeness(model: LensClassifier, features: Tensor) -> list[str]:
 
 
 @torch.inference_mode()
-def calibrate(model: LensClassifier, train: Tensor, validation: Tensor, labels: Tensor) -> None:
+def calibrate(
+    model: LensClassifier, train: Tensor, validation: Tensor, labels: Tensor, faintest: Tensor | None = None
+) -> None:
     """Finds the ``calibration`` of a trained classifier.
 
     Args:
         train: images (n, c, s, s) that features are known from.
         validation, labels: others (m, c, s, s) with their classes (m,).
+        faintest: images whose noise is the most that the classifier has seen; they are like those of training, too.
     """
     from scipy.optimize import minimize_scalar  # here: to classify takes none of it
 
@@ -188,7 +199,8 @@ def calibrate(model: LensClassifier, train: Tensor, validation: Tensor, labels: 
     # Directions without any variance say nothing: they count as the least one that does
     least = _LEAST_VARIANCE * variance[-1]
     found.whitening.copy_(directions / variance.clamp_min(least).sqrt())
-    found.limit.copy_(found.distance(features).quantile(_LIKE))
+    like = [features] if faintest is None else [features, classify(model, faintest)[1]]
+    found.limit.copy_(max(found.distance(some).quantile(_LIKE) for some in like))
     model.calibration = found.to(model.fc.weight.device)
 
 

@@ -77,6 +77,21 @@ def test_images_like_those_of_training_are_near_and_others_far(network):
     assert (distance["noise"] > 1).all()
 
 
+def test_the_faintest_images_are_like_those_of_training_too(network):
+    train, val = blobs(1000, 1), blobs(1000, 2)
+    faint = blobs(1000, 3, 6.0)
+    labels = torch.randint(2, (1000,), generator=torch.Generator().manual_seed(0))
+
+    def share_far() -> float:
+        features = classify(network, faint, show_progress=False)[1]
+        return (network.calibration.distance(features) > 1).double().mean().item()
+
+    calibrate(network, train, val, labels)
+    assert share_far() > 0.1
+    calibrate(network, train, val, labels, faint)
+    assert share_far() == pytest.approx(0.01, abs=0.002)
+
+
 def test_distances_are_those_of_mahalanobis():
     random = np.random.default_rng(0)
     mixing = random.normal(size=(3, 3))

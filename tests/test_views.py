@@ -62,6 +62,10 @@ def test_depths_are_spread_over_their_range_and_some_images_are_clean():
     assert depth.min() > -0.5
     assert depth.max() < 4.5
     assert depth.median().item() == pytest.approx(2, abs=0.3)
+    seen = views(observer=OBSERVER, depths=(1.0, 1e4), clean=0.25).of_all(images, 0, depth=4.0)
+    depth = (0.00587 / 2 / noise_of(seen, images)).square()
+    assert depth.median().item() == pytest.approx(4, rel=0.1)
+    assert depth.quantile(0.05) > 1
 
 
 def test_each_kind_is_made_as_it_is_called():

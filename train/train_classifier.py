@@ -150,8 +150,7 @@ def main() -> None:
         run.save_epoch(loss)  # of the last batch: the mean remembers weights of long ago
 
     model = load_classifier(best_path, device)
-    some = some_of_each_class(train.labels.cpu(), _KNOWN_IMAGES // len(classes))
-    calibrate(model, views.of_all(train.images[some].cpu(), SEED), seen, labels_seen)
+    find_calibration(model, train, val, views)
     save_checkpoint(best_path, **load_checkpoint(best_path) | {"model_state_dict": model.state_dict()})
     report(model, test, views)
 
@@ -170,6 +169,14 @@ def make_views(train: NpyDataset) -> Views:
     """What the settings show of images like those of training."""
     (observer,) = observers_of(train, INSTRUMENT, PEAK, seed=0, count=1)
     return Views(observer, (LEAST_DEPTH, MOST_DEPTH), CLEAN_SHARE, AUGMENT, MAX_SHIFT, UNLIKE_SHARE)
+
+
+def find_calibration(model: LensClassifier, train: NpyDataset, val: NpyDataset, views: Views) -> None:
+    """Calibrates a trained classifier on validation images as they are shown."""
+    known = train.images[some_of_each_class(train.labels.cpu(), _KNOWN_IMAGES // len(train.classes))].cpu()
+    images, labels = val.images.cpu(), val.labels.cpu()
+    faintest = views.of_all(images[:_KNOWN_IMAGES], SEED, LEAST_DEPTH) if views.observer else None
+    calibrate(model, views.of_all(known, SEED), views.of_all(images, SEED), labels, faintest)
 
 
 def report(model: LensClassifier, test: NpyDataset, views: Views) -> None:

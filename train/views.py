@@ -1,7 +1,7 @@
 """What a classifier is shown of its training images: as a telescope sees them, and some that are made unlike them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -48,10 +48,11 @@ class Views:
         others, of_others = self.made_unlike(images[:some], random)
         return torch.cat([like, others]), torch.cat([kinds, of_others])
 
-    def of_all(self, images: Tensor, seed: int) -> Tensor:
-        """One view of each image, always the same one."""
+    def of_all(self, images: Tensor, seed: int, depth: float | None = None) -> Tensor:
+        """One view of each image, always the same one; all of one depth where it is given."""
+        views = self if depth is None else replace(self, depths=(depth, depth), clean=0.0)
         random = torch.Generator().manual_seed(seed)
-        parts = (self._observed(self._moved(part, random), random) for part in images.split(1024))
+        parts = (views._observed(self._moved(part, random), random) for part in images.split(1024))
         return torch.cat(list(parts))
 
     def made_unlike(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:

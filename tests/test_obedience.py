@@ -1,0 +1,249 @@
+"""Obedience is measured against closed forms: a generator that draws the very lens, and others that do not."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+from test_parameters import parameter
+
+from dataset import NpyDataset
+from metrics.obedience import _circular, obedience
+from models.regressor import LensRegressor, Recovery, build_regressor, load_regressor
+from settings import InputError
+
+X, ANGLE = (
+    parameter(name="x", low=3.0, high=12.0, mean=7.0, deviation=2.0, classes=("a", "b")),
+    parameter("angle", name="angle", unit="rad", mean=0.0, deviation=1.0, period=np.pi, classes=("b",)),
+)
+MASS = parameter("log10", name="mass", unit="eV", low=1.0, high=100.0, mean=1.0, deviation=0.5, classes=("b",))
+ALL = (X, ANGLE, MASS)
+
+
+def draw(phases: torch.Tensor) -> torch.Tensor:
+    """A spot at x, as bright in its second row as the angle says, and as high as the mass; 0 stands for unknown."""
+    x, angle, mass = (phases.double().nan_to_num(0)[:, i] for i in range(3))
+    columns = torch.arange(16.0, dtype=torch.double)
+    light = torch.exp(-((columns - (7 + 4 * x)[:, None]) ** 2) / 4)
+    images = torch.zeros(len(phases), 1, 16, 16, dtype=torch.double)
+    images[:, 0, 4:7] = light[:, None]
+    images[:, 0, 10, 0], images[:, 0, 10, 1] = 0.5 + 0.5 * angle.cos(), 0.5 + 0.5 * angle.sin()
+    images[:, 0, 12, 0] = 0.5 + 0.2 * mass
+    images[:, 0, 15, 15] = 1  # so that nothing is scaled when it is read
+    return images.float()
+
+
+class Reader:
+    """Reads exactly what ``draw`` has drawn."""
+
+    lens_parameters = ALL
+
+    def read(self, images, batch_size=128):
+        images = images.double()
+        row = images[:, 0, 5]
+        x = ((row * torch.arange(16)).sum(1) / row.sum(1) - 7) / 4
+        angle = torch.atan2(2 * images[:, 0, 10, 1] - 1, 2 * images[:, 0, 10, 0] - 1)
+        return torch.stack([x, angle, (images[:, 0, 12, 0] - 0.5) / 0.2], 1)
+
+
+class Drawer:
+    """A generator that draws what it is asked for, and what it is not asked for as in the data, or as ``how`` says."""
+
+    classes, lens_parameters, how = ("a", "b"), ALL, "right"
+
+    def __init__(self, how="right"):
+        self.how = how
+
+    def generate(self, labels, seed=0, batch_size=128, first=0, phases=None):
+        random = torch.Generator().manual_seed(seed + first)
+        free = torch.rand(len(labels), 3, generator=random) - 0.5
+        free[:, 1] *= 4 * np.pi
+        free[labels == 0, 1:] = 0
+        asked = free if phases is None or self.how == "deaf" else torch.where(phases.isnan(), free, phases)
+        if self.how == "backwards" and phases is not None:
+            asked = asked * torch.tensor([-1.0, 1, 1])
+        if self.how == "narrow" and phases is not None:
+            asked = torch.where(phases.isnan(), 0.1 * free, phases)
+        return draw(asked)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """120 images of each of two classes, of which the second one alone has angle and mass."""
+    root = tmp_path_factory.mktemp("drawn")
+    random, rows = np.random.default_rng(0), ["file,x,angle [rad],mass [eV]"]
+    for name in ("a", "b"):
+        (root / name).mkdir()
+        for k in range(120):
+            x, angle, mass = random.uniform(5, 9), random.uniform(0, np.pi), 10 ** random.uniform(0.5, 1.5)
+            of = [p.phase(np.array(v)) for p, v in zip(ALL, (x, angle, mass), strict=True)]
+            known = torch.tensor([of if name == "b" else [of[0], np.nan, np.nan]])
+            if name == "a":
+                known[:, 1:] = 0
+            np.save(root / name / f"{k}.npy", draw(known)[0, 0].numpy())
+            rows.append(f"{name}/{k}.npy,{x},{angle},{mass}" if name == "b" else f"{name}/{k}.npy,{x},,")
+    (root / "parameters.csv").write_text("\n".join(rows) + "\n")
+    return NpyDataset(root)
+
+
+def test_a_generator_that_draws_the_very_lens_makes_no_error(drawn):
+    found = obedience(Drawer(), Reader(), drawn, 100, 0, 128)
+    assert all(row["given"] < 1e-6 and row["worst"] < 1e-6 for row in found["emulation"].values())
+    assert all(row["class"] > 0.05 for row in found["emulation"].values())
+    for of in ("generated", "real"):
+        table = found["recovery"][of]
+        assert [(name, row["count"]) for name, row in table.items()] == [("x", 200), ("angle", 100), ("mass", 100)]
+        assert all(row["r2"] > 0.99 and row["scatter"] < 0.1 for row in table.values())
+    assert [row["unit"] for row in table.values()] == ["", "rad", "log10 eV"]
+    assert found["order"] == pytest.approx({"x": 1.0, "mass": 1.0})
+    assert found["conditionals"].keys() == {"angle", "mass"}
+    assert all(row["value"] < 3 * row["floor"] + 0.2 for row in found["conditionals"].values())
+    assert found["worst"]["generated"].shape == (8, 1, 16, 16)
+    assert found["errors"]["a"].shape == (100,)
+
+
+def test_generators_that_do_not_obey_are_told(drawn):
+    deaf = obedience(Drawer("deaf"), Reader(), drawn, 100, 0, 128)
+    assert deaf["emulation"]["a"]["given"] > 0.05
+    assert deaf["recovery"]["generated"]["x"]["r2"] < 0
+    assert abs(deaf["order"]["x"]) < 0.4
+    backwards = obedience(Drawer("backwards"), Reader(), drawn, 100, 0, 128)
+    assert backwards["order"]["x"] == pytest.approx(-1)
+    narrow = obedience(Drawer("narrow"), Reader(), drawn, 100, 0, 128)
+    right = obedience(Drawer(), Reader(), drawn, 100, 0, 128)
+    assert narrow["conditionals"]["mass"]["value"] > 3 * right["conditionals"]["mass"]["value"]
+    assert narrow["emulation"]["b"]["given"] < 1e-6
+
+
+def test_errors_are_root_mean_squares_over_the_peak(drawn):
+    class Off(Drawer):
+        def generate(self, labels, seed=0, batch_size=128, first=0, phases=None):
+            return super().generate(labels, seed, batch_size, first, phases) + (0.02 if phases is not None else 0)
+
+    found = obedience(Off(), None, drawn, 50, 0, 128)
+    assert found.keys() == {"emulation", "errors", "worst"}
+    assert found["emulation"]["b"]["given"] == pytest.approx(0.02, rel=1e-3)
+
+
+def test_recovery_is_that_of_the_formulas():
+    random = np.random.default_rng(0)
+    asked = np.stack([random.normal(0, 0.5, 5000), random.uniform(0, 2 * np.pi, 5000), random.normal(0, 0.5, 5000)], 1)
+    read = asked + np.array([0.1, 0.2, 0.0]) + random.normal(0, [0.05, 0.1, 0.25], asked.shape)
+    asked[::2, 2] = np.nan
+    table = Recovery(ALL, asked, read).table()
+    x, angle, mass = table["x"], table["angle"], table["mass"]
+    # A phase is half the distance from the mean in standard deviations
+    assert (x["bias"], x["scatter"]) == pytest.approx((0.1 * 4, 0.05 * 4), rel=0.03)
+    assert x["r2"] == pytest.approx(1 - (0.1**2 + 0.05**2) / 0.25, abs=0.01)
+    assert (angle["bias"], angle["scatter"]) == pytest.approx((0.2 / 2, 0.1 / 2), rel=0.03)  # of a period of pi
+    assert angle["r2"] == pytest.approx(2 * np.exp(-0.005) * np.cos(0.2) - 1, abs=0.01)
+    assert mass["r2"] == pytest.approx(0.75, abs=0.02)
+    assert mass["count"] == 2500
+    turned = Recovery(ALL, asked, asked + 2 * np.pi).table()["angle"]
+    assert (turned["r2"], turned["bias"]) == pytest.approx((1, 0), abs=1e-9)
+
+
+def test_angles_are_moved_the_short_way_round():
+    random = np.random.default_rng(0)
+    first = random.normal(0, 0.1, 2000) % (2 * np.pi)  # on both sides of the cut
+    assert _circular(first, (first + 0.3) % (2 * np.pi)) == pytest.approx(0.3, rel=0.01)
+    assert _circular(first, (first - 0.3) % (2 * np.pi)) == pytest.approx(0.3, rel=0.01)
+    assert _circular(np.zeros(5), np.full(5, np.pi)) == pytest.approx(np.pi)
+    assert _circular(first, first) == 0
+    uniform = np.linspace(0, 2 * np.pi, 1000, endpoint=False)
+    assert _circular(np.zeros(1000), uniform) == pytest.approx(np.pi / 2, rel=0.01)
+
+
+# The regressor
+
+
+def test_outputs_of_angles_are_sine_and_cosine_and_unknown_targets_count_nothing():
+    model = build_regressor(32, 1, ALL)
+    assert model.fc.out_features == 4
+    phases = torch.tensor([[0.5, np.pi / 2, np.nan]])
+    torch.testing.assert_close(model.targets(phases), torch.tensor([[0.5, 0.0, 1.0, np.nan]]), equal_nan=True)
+
+    class Fixed(LensRegressor):
+        def forward(self, images):
+            return torch.tensor([[0.5, -2.0, 0.0, 0.1]]).expand(len(images), -1)
+
+    fixed = Fixed(32, 1, ALL)
+    torch.testing.assert_close(fixed.read(torch.rand(3, 1, 16, 16))[0], torch.tensor([0.5, np.pi, 0.1]))
+    found = fixed.read_values(torch.rand(2, 1, 16, 16))
+    np.testing.assert_allclose([found["x"][0], found["angle"][0], found["mass"][0]], [9, np.pi / 2, 10**1.1])
+
+
+@pytest.fixture(scope="session")
+def regressor(lens_data, tmp_path_factory):
+    """A regressor after a short training."""
+    output = tmp_path_factory.mktemp("regressor")
+    flags = ["--parameters", "source_x,axion_mass,vortex_angle:angle/2", "--image_size", 32, "--epochs", 3]
+    run_script("train/train_regressor.py", *flags, "--data_dir", lens_data, "--output_dir", output)
+    return output
+
+
+def test_a_regressor_is_trained_to_read_and_tells_how_well(regressor, capsys):
+    model = load_regressor(regressor / "regressor_ckpts" / "resnet18_best.pt")
+    assert [of.scale for of in model.lens_parameters] == ["linear", "log10", "angle"]
+    assert (regressor / "recovery.png").stat().st_size > 20_000
+    assert (regressor / "training_metrics.csv").exists()
+
+
+def test_a_regressor_learns_where_spots_are(drawn, tmp_path, undrawn):
+    flags = ["--parameters", "x", "--image_size", 16, "--epochs", 6, "--batch_size", 16, "--data_dir", drawn.root_dir]
+    run_script("train/train_regressor.py", *flags, "--output_dir", tmp_path)
+    model = load_regressor(tmp_path / "regressor_ckpts" / "resnet18_best.pt")
+    assert Recovery.of(model, drawn.part("test")).table()["x"]["r2"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        ([], "--parameters is empty: name those to be read"),
+        (["--parameters", "redshift"], "no parameter redshift of its images; there are axion_mass"),
+        (["--parameters", "source_x", "--batch_size", 1000], "--batch_size 1000 is more than"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(flags, fault, lens_data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_script("train/train_regressor.py", *flags, "--data_dir", lens_data, "--output_dir", tmp_path / "run")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert fault in error
+    assert error.count("\n") == 1
+
+
+def test_other_checkpoints_are_no_regressors(checkpoint, classifier):
+    for path in (checkpoint, classifier):
+        with pytest.raises(InputError, match="of another network, where a regressor is wanted"):
+            load_regressor(path)
+
+
+# The report
+
+
+def test_the_report_tells_whether_a_generator_obeys(lens_data, regressor, classifier, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("metrics.two_sample._STEPS", 2)
+    monkeypatch.setattr("models.regressor._FEWEST", 3)
+    size = ["--patch_size", 16, "--latent_dim", 24, "--model_depth", 1, "--epochs", 1, "--num_ode_steps", 2]
+    flags = ["--recipe", "first_look", *size, "--parameters", "source_x,axion_mass", "--data_dir", lens_data]
+    run_script("train/train_diffusion.py", *flags, "--output_dir", tmp_path / "run")
+    checkpoint = tmp_path / "run" / "dit_conditional_ckpts" / "dit_conditional_final.pt"
+    flags = ["--data_dir", lens_data, "--checkpoint_path", checkpoint, "--classifier_path", classifier]
+    flags += ["--output_dir", tmp_path / "generated", "--report_dir", tmp_path / "report", "--num_splits", 2]
+    flags += ["--figure_path", tmp_path / "report" / "lenses.png"]
+    reader = regressor / "regressor_ckpts" / "resnet18_best.pt"
+    run_script("evaluate/evaluate_fld.py", *flags, "--regressor_path", reader)
+    said = capsys.readouterr().out
+    assert "asked for the parameters of test images" in said
+    assert "source_x (arcsec)" in said
+    (told,) = json.loads((tmp_path / "report" / "report.json").read_text())["parameters"].values()
+    assert told["emulation"].keys() == {"axion", "cdm", "no_sub"}
+    assert {"given", "class", "euclid", "hst"} <= told["emulation"]["cdm"].keys()
+    assert told["order"].keys() == {"source_x", "axion_mass"} & told["order"].keys()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Asked for by parameters" in page
+    assert "noise of euclid" in page
+    run_script("evaluate/evaluate_fld.py", *flags, "--regressor_path", tmp_path / "none.pt")
+    assert "Parameters of generated images are not read: " in capsys.readouterr().out

@@ -1,0 +1,254 @@
+"""Physical parameters are read from tables, pickled files and headers, and become what a network sees and back."""
+
+import warnings
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from astropy.table import Table
+
+from dataset import NpyDataset
+from parameters import Column, Parameter, as_plain, asked, fit, from_plain, objects, phases
+from settings import InputError
+
+
+def write_images(root, files, kind=".npy"):
+    random = np.random.default_rng(0)
+    for file in files:
+        path = root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, random.random((16, 16)))
+
+
+def values_of(root, *names, split="all"):
+    images = NpyDataset(root, None, split, on_missing_class="go_on")
+    columns = images.columns(names)
+    return dict(zip(images.files, np.stack([columns[name].values for name in names], 1).tolist(), strict=True))
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for file, values in expected.items():
+        np.testing.assert_allclose(found[file], values, equal_nan=True, err_msg=file)
+
+
+# Where they are read
+
+
+def test_the_table_of_the_simulator_has_the_source_and_the_heaviest_subhaloes_first(lens_data):
+    table = Table.read(lens_data / "parameters.fits")
+    row = next(row for row in table if row["class"] == "cdm" and row["index"] == 7)
+    order = np.argsort(-row["subhalo_mass"])
+    names = ("source_x", "source_y", "subhalo_mass_1", "subhalo_x_1", "subhalo_y_3", "subhalo_mass_total", "axion_mass")
+    expected = [*row["source_xy"], row["subhalo_mass"].max(), row["subhalo_xy"][order[0], 0]]
+    expected += [row["subhalo_xy"][order[2], 1], row["subhalo_mass"].sum(), np.nan]
+    np.testing.assert_allclose(values_of(lens_data, *names)["cdm/7.npy"], expected, equal_nan=True)
+    columns = NpyDataset(lens_data).columns(["subhalo_mass_25", "vortex_angle", "subhalo_x_25"])
+    assert [column.unit for column in columns.values()] == ["solMass", "rad", "arcsec"]
+    assert np.isfinite(columns["vortex_angle"].values).sum() == 48
+
+
+def test_a_csv_names_files_by_path_or_by_name_alone_and_may_lack_values(tmp_path):
+    write_images(tmp_path, ["a/0.npy", "a/1.npy", "b/0.npy", "b/only.npy"])
+    rows = "image, mass [solMass] ,theta_E (arcsec),note\na/0.npy,1e12,1.2,x\nonly.npy,2e12,,y\nb/0.npy,,0.9,\n"
+    rows += "gone.npy,5,5,\n"
+    (tmp_path / "parameters.csv").write_text(rows)
+    nan = np.nan
+    expected = {"a/0.npy": [1e12, 1.2], "a/1.npy": [nan, nan], "b/0.npy": [nan, 0.9], "b/only.npy": [2e12, nan]}
+    same(values_of(tmp_path, "mass", "theta_E"), expected)
+    columns = NpyDataset(tmp_path).columns(["mass", "theta_E"])
+    assert [column.unit for column in columns.values()] == ["solMass", "arcsec"]
+
+
+def test_a_name_that_two_files_share_is_of_neither(tmp_path):
+    write_images(tmp_path, ["a/0.npy", "b/0.npy", "b/1.npy"])
+    (tmp_path / "parameters.csv").write_text("file,z\n0.npy,1\n1.npy,2\n")
+    same(values_of(tmp_path, "z"), {"a/0.npy": [np.nan], "b/0.npy": [np.nan], "b/1.npy": [2.0]})
+
+
+def test_tables_may_stand_in_folders_of_splits_and_classes_and_beside(tmp_path):
+    root = tmp_path / "data"
+    write_images(root, ["a/0.npy", "b/1.npy"])
+    write_images(tmp_path / "data_test", ["a/0.npy", "b/5.npy"])
+    (root / "a").joinpath("parameters.csv").write_text("file,z\n0.npy,1\n")
+    (root / "parameters.csv").write_text("file,z\nb/1.npy,2\n")
+    (tmp_path / "data_test" / "parameters.csv").write_text("file,z\na/0.npy,3\nb/5.npy,4\n")
+    files = {"a/0.npy": [1.0], "b/1.npy": [2.0], "../data_test/a/0.npy": [3.0], "../data_test/b/5.npy": [4.0]}
+    same(values_of(root, "z"), files)
+
+
+def test_images_of_a_stack_are_rows_too(tmp_path):
+    np.save(tmp_path / "one.npy", np.random.default_rng(0).random((20, 16, 16)))
+    np.save(tmp_path / "two.npy", np.random.default_rng(1).random((20, 16, 16)))
+    (tmp_path / "parameters.csv").write_text("file,z\none.npy#3,1.5\ntwo.npy#0,2.5\n")
+    found = values_of(tmp_path, "z")
+    assert (found["one.npy#3"], found["two.npy#0"]) == ([1.5], [2.5])
+    assert np.isnan([value for (value,) in found.values()]).sum() == 38
+
+
+def test_pickled_values_and_fits_headers_are_parameters(tmp_path):
+    packed = np.empty(5, object)
+    packed[:] = [np.random.default_rng(0).random((16, 16)), 1e-23, 0.5, 0.1, 2.0]
+    (tmp_path / "a").mkdir()
+    np.save(tmp_path / "a" / "0.npy", packed, allow_pickle=True)
+    header = fits.Header()
+    header["THETA_E"] = (1.25, "[arcsec] Einstein radius")
+    fits.PrimaryHDU(np.random.default_rng(0).random((16, 16)), header).writeto(tmp_path / "a" / "1.fits")
+    fits.PrimaryHDU(np.random.default_rng(1).random((16, 16))).writeto(tmp_path / "a" / "2.fits")
+    nan = np.nan
+    expected = {"a/0.npy": [1e-23, 1e-23, 2.0, nan], "a/1.fits": [nan, nan, nan, 1.25], "a/2.fits": [nan] * 4}
+    same(values_of(tmp_path, "axion_mass", "v1", "v4", "THETA_E"), expected)
+    columns = NpyDataset(tmp_path).columns(["axion_mass", "THETA_E"])
+    assert [column.unit for column in columns.values()] == ["eV", "arcsec"]
+
+
+def test_a_table_fills_what_pickled_files_leave_open(tmp_path):
+    packed = np.empty(2, object)
+    packed[:] = [np.random.default_rng(0).random((16, 16)), 1e-23]
+    (tmp_path / "a").mkdir()
+    np.save(tmp_path / "a" / "0.npy", packed, allow_pickle=True)
+    write_images(tmp_path, ["a/1.npy"])
+    (tmp_path / "parameters.csv").write_text("file,axion_mass\na/1.npy,3e-23\n")
+    same(values_of(tmp_path, "axion_mass"), {"a/0.npy": [1e-23], "a/1.npy": [3e-23]})
+
+
+@pytest.mark.parametrize(
+    ("table", "fault"),
+    [
+        ("file,z\na/0.npy,1\n", "no parameter mass of its images; there are z"),
+        ("file,mass\nx.npy,1\n", "no row is of a file in its folder: it begins with x.npy, the folder with a/0.npy"),
+        ("file,mass\n", "no row is of a file in its folder: it is empty"),
+        ("file,mass\na,1,2,3\n", "is damaged, or no table"),
+        (None, "no parameter mass of its images; there is no parameters.fits or parameters.csv either"),
+    ],
+)
+def test_a_table_that_does_not_serve_is_one_line(table, fault, tmp_path):
+    write_images(tmp_path, ["a/0.npy", "a/1.npy"])
+    if table is not None:
+        (tmp_path / "parameters.csv").write_text(table)
+    with pytest.raises(InputError) as error:
+        NpyDataset(tmp_path).columns(["mass"])
+    assert fault in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# What a network sees
+
+
+def parameter(scale="linear", **changes):
+    given = {"name": "p", "unit": "", "low": 0.0, "high": 1.0, "mean": 0.5, "deviation": 0.25, "period": 0.0}
+    return Parameter(**given | {"scale": scale, "classes": ("a",)} | changes)
+
+
+def test_phases_are_half_the_deviations_from_the_mean_and_angles_go_once_round():
+    linear, logarithmic = parameter(), parameter("log10", mean=-23.0, deviation=0.5)
+    angle = parameter("angle", mean=0.0, deviation=1.0, period=180.0)
+    np.testing.assert_allclose(linear.phase(np.array([0.5, 1.0, np.nan])), [0, 1, np.nan])
+    np.testing.assert_allclose(logarithmic.phase(np.array([1e-23, 1e-22, 1e-24])), [0, 1, -1], atol=1e-12)
+    np.testing.assert_allclose(angle.phase(np.array([0.0, 90.0, 180.0])), [0, np.pi, 2 * np.pi])
+    random = np.random.default_rng(0).uniform(0.01, 0.99, 100)
+    for of, values in ((linear, random), (logarithmic, 10 ** (random - 23)), (angle, 180 * random)):
+        np.testing.assert_allclose(of.value(of.phase(values)), values, rtol=1e-9)
+    np.testing.assert_allclose(angle.value(angle.phase(np.array([190.0]))), [10.0])
+
+
+def test_scale_and_range_are_found_or_named():
+    columns = {
+        "x": Column(np.array([-1.0, 1.0, np.nan]), "arcsec"),
+        "mass": Column(np.array([1e6, 1e10, 1e8])),
+        "angle": Column(np.array([0.1, 3.0, 6.0]), "rad"),
+        "direction": Column(np.array([10.0, 20.0, 350.0]), "deg"),
+    }
+    names = ("x", "mass", "angle", "direction:angle/2", "mass:linear")
+    found = fit(names, columns, ["a", "b", "b"])
+    assert [of.scale for of in found] == ["linear", "log10", "angle", "angle", "linear"]
+    np.testing.assert_allclose([of.period for of in found], [0, 0, 2 * np.pi, 180, 0])
+    assert (found[0].low, found[0].high, found[0].mean, found[0].deviation) == (-1, 1, 0, 1)
+    np.testing.assert_allclose((found[1].mean, found[1].deviation), (8, np.std([6, 10, 8])))
+    assert (found[0].classes, found[1].classes) == (("a", "b"), ("a", "b"))
+    assert fit(["x"], {"x": Column(np.array([np.nan, 1, 2]))}, ["a", "b", "b"])[0].classes == ("b",)
+
+
+@pytest.mark.parametrize(
+    ("specification", "values", "fault"),
+    [
+        ("p:log10", [1.0, 0.0], "has a value of 0, which has no logarithm"),
+        ("p", [np.nan, np.nan], "no training image has it"),
+        ("p", [2.0, 2.0], "is 2 in every training image"),
+        ("p:log", [1.0, 2.0], "a scale is linear, log10, angle or, say, angle/2"),
+        ("p:angle/0", [1.0, 2.0], "a scale is"),
+        (":log10", [1.0, 2.0], "a scale is"),
+    ],
+)
+def test_parameters_that_cannot_be_are_one_line(specification, values, fault):
+    with pytest.raises(InputError, match=fault):
+        fit([specification], {"p": Column(np.array(values))}, ["a", "a"])
+
+
+def test_parameters_of_one_number_are_of_one_object_and_objects_of_a_kind_are_together():
+    names = ("source_x", "halo_mass_1", "halo_x_1", "disc_r_1", "halo_mass_2", "halo_x_2", "mass_total", "v1")
+    found = objects([parameter(name=name) for name in names])
+    assert found == [[[6, 0, 7]], [[3, 1, 2]], [[4, 5]]]
+    names = ("halo_mass_1", "halo_x_1", "halo_x_2", "halo_mass_2")
+    assert objects([parameter(name=name) for name in names]) == [[[0, 1], [3, 2]]]
+
+
+def test_parameters_travel_as_plain_values():
+    found = [parameter(), parameter("angle", name="q", period=6.28, unit="rad")]
+    assert from_plain(as_plain(found)) == found
+    plain = as_plain(found)
+    for change in ({"deviation": 0.0}, {"mean": float("nan")}, {"scale": "cubic"}, {"period": 1.0}, {"name": "q"}):
+        with pytest.raises(ValueError, match="parameter"):
+            from_plain([plain[0] | change, plain[1]])
+
+
+# What is asked for
+
+
+KNOWN = [
+    parameter(name="x", unit="arcsec", low=-1.0),
+    parameter("log10", name="mass", unit="eV", low=1e-24, high=1e-22, mean=-23.0),
+    parameter("angle", name="angle", unit="rad", high=6.3, period=6.28),
+]
+
+
+def test_what_is_asked_for_is_a_number_or_one_for_each_image():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = asked(KNOWN, {"x": 0.5, "mass": [1e-23, 1e-22], "angle": 100.0}, 2, "a")
+        assert asked(KNOWN, {"x": 1.0001}, 1, "a")["x"].tolist() == [1.0001]  # as near to the range as chance is
+    np.testing.assert_allclose([*found.values()], [[0.5, 0.5], [1e-23, 1e-22], [100, 100]])
+    assert np.isnan([*asked(KNOWN, None, 3, "a").values()]).all()
+    assert phases(KNOWN, found).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"z": 1}, "no parameter 'z': x, -1 to 1 arcsec; mass, 1e-24 to 1e-22 eV; angle, 0 to 6.3 rad"),
+        ({"x": [1, 2, 3]}, "parameter x: neither a number nor 2 of them"),
+        ({"x": "large"}, "parameter x: neither a number"),
+        ({"x": float("inf")}, "parameter x: inf cannot be; it is x, -1 to 1 arcsec"),
+        ({"mass": -1e-23}, "parameter mass: -1e-23 cannot be"),
+        (3, "parameters 3: values by name"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_one_line_with_names_and_units(given, fault):
+    with pytest.raises(InputError) as error:
+        asked(KNOWN, given, 2, "a")
+    assert fault in str(error.value)
+    with pytest.raises(InputError, match="it was trained without any"):
+        asked([], {"x": 1}, 1, "a")
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "warning"),
+    [
+        ({"x": [0.0, 1.5]}, "a", "1.5 is outside what this was trained on: x, -1 to 1 arcsec"),
+        ({"mass": 1e-20}, "a", "1e-20 is outside what this was trained on: mass, 1e-24 to 1e-22 eV"),
+        ({"x": 0.0}, "b", "x: no image of b that this was trained on has it"),
+    ],
+)
+def test_what_training_did_not_see_is_a_warning(given, name, warning):
+    with pytest.warns(UserWarning, match=warning):
+        asked(KNOWN, given, 2, name)
