@@ -269,8 +269,8 @@ def test_a_run_goes_on_with_its_parameters_and_starts_from_weights_without_any(s
         (["--parameters", "place_z"], "no parameter place_z of its images; there are place_x, place_y"),
         (["--parameters", "place_x,place_x"], "is not a list of different names"),
     ):
+        begin = few if "place_z" in wrong else more
         with pytest.raises(SystemExit) as stopped:
-            begin = few if "place_z" in wrong else more
             run_script("train/train_diffusion.py", *begin, *wrong, "--epochs", 1, "--resume", "never")
         assert stopped.value.code == 2
         assert fault in capsys.readouterr().err

@@ -266,8 +266,12 @@ def choose_parameters(images: NpyDataset, before: Generator | None) -> tuple[Par
             known = ", ".join(parameter.name for parameter in before.lens_parameters)
             raise InputError(f"the generator to go on with has other parameters: {known}", 2)
         return before.lens_parameters
-    classes = [images.classes[label] for label in images.labels.tolist()]
-    return tuple(fit(PARAMETERS, images.columns(names), classes)) if names else ()
+    if not names:
+        return ()
+    found = fit(PARAMETERS, columns := images.columns(names), [images.classes[label] for label in images.labels])
+    shares = (f"{of} ({np.isfinite(columns[of.name].values).mean():.0%} of the images)" for of in found)
+    print("parameters:", *shares, sep="\n  ")
+    return tuple(found)
 
 
 def prepare_generator(images: NpyDataset, before: Generator | None) -> Generator:
