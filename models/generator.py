@@ -214,7 +214,8 @@ class Generator(nn.Module):
         unit of the data. ``phases`` (n, parameters) are of the parameters that are asked for, see ``condition``.
         """
         sampler = sampler or self.sampler
-        condition = self.embedded(self.condition(labels, phases).to(self.device))
+        condition = self.condition(labels, phases).to(self.device)
+        condition = torch.cat([self.embedded(part) for part in condition.split(batch_size)])
         velocity = self.along(flow.evaluation_times(sampler, self.standard_deviation is not None)[:-1])
         samples = flow.sample(
             velocity,

@@ -32,8 +32,10 @@ class ModulatedNetwork(nn.Module):
         labels = condition if condition.dim() == 1 else condition[:, 0].long()
         if self.p_embedder is None:
             return labels, None
-        unknown = torch.full((len(labels), self.p_embedder.count), math.nan, device=labels.device)
-        return labels, self.p_embedder(unknown if condition.dim() == 1 else condition[:, 1:])
+        if condition.dim() > 1:
+            return labels, self.p_embedder(condition[:, 1:])
+        unknown = torch.full((1, self.p_embedder.count), math.nan, device=labels.device)
+        return labels, self.p_embedder(unknown).expand(len(labels), -1)
 
     def modulations(self, t: Tensor, labels: Tensor) -> list[Tensor]:
         """AdaLN shift, scale and gate of every block, (m, 6 * width), and of the final layer, (m, 2 * width)."""
@@ -124,7 +126,7 @@ class ParameterEmbedder(nn.Module):
         waves = torch.cat([angles.sin(), angles.cos()], -1).masked_fill(unknown[..., None], 0)
         features = torch.cat([waves, unknown[..., None]], -1)
         kinds = zip(self.objects, self.hidden, self.outputs, strict=True)
-        return sum(output(gelu(hidden(features[:, kind].flatten(2))).sum(1)) for kind, hidden, output in kinds)
+        return sum(output(F.gelu(hidden(features[:, kind].flatten(2))).sum(1)) for kind, hidden, output in kinds)
 
 
 class Mlp(nn.Module):

@@ -61,7 +61,7 @@ def test_vectors_of_parameters_follow_the_formula():
         return [np.sin(value), np.sin(2 * value), np.cos(value), np.cos(2 * value), 0]
 
     def gelu(x):
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
     def kind(k, objects_of_kind):
         hidden = 0
