@@ -10,6 +10,7 @@ from torch import Tensor
 
 _ROWS = 256  # of a matrix of distances, held in memory at once
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
+_FEWEST = 50  # images that PQMass compares
 _FLD_IMAGES = 3000  # of each sample at most
 _FLD_STEPS = 20  # of expectation maximization
 _FLD_LEAST_VARIANCE = 1e-4  # of unit-variance features: a Gaussian on a copied image stays this wide
@@ -160,16 +161,21 @@ def pqmass(real: Tensor, other: Tensor, repetitions: int = 10, seed: int = 0) ->
     """p-values of PQMass (Lemos et al. 2024, arXiv:2402.04355), which needs no features: uniform if two samples (n, d)
     are of one distribution, near 0 if not. Nothing for fewer than 50 images.
 
-    The space is divided by the nearest of up to 100 images, other ones each time, and the numbers of both samples in
+    Each is of another random quarter of both samples, or 50 images: of the same images, p-values would resemble each
+    other, and not be uniform together. The space is divided by the nearest of up to 100 images, and the numbers of both samples in
     each cell are compared by a chi-squared test.
     """
-    cells = min(100, len(real) // 10)
-    if cells < 5:
+    count = max(min(len(real), len(other)) // 4, _FEWEST)
+    if min(len(real), len(other)) < count:
         return []
+    cells = min(100, count // 10)
     state = np.random.get_state()  # noqa: NPY002, pqm takes the numbers of everybody
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002
-        found = [pqm_pvalue(real, other, num_refs=cells) for _ in range(repetitions)]
+        found = []
+        for _ in range(repetitions):
+            some = (sample[torch.randperm(len(sample))[:count]] for sample in (real, other))
+            found.append(pqm_pvalue(*some, num_refs=cells))
     np.random.set_state(state)  # noqa: NPY002
     return found
