@@ -162,8 +162,8 @@ def pqmass(real: Tensor, other: Tensor, repetitions: int = 10, seed: int = 0) ->
     are of one distribution, near 0 if not. Nothing for fewer than 50 images.
 
     Each is of another random quarter of both samples, or 50 images: of the same images, p-values would resemble each
-    other, and not be uniform together. The space is divided by the nearest of up to 100 images, and the numbers of both samples in
-    each cell are compared by a chi-squared test.
+    other, and not be uniform together. The space is divided by the nearest of up to 100 images, and the numbers of both
+    samples in each cell are compared by a chi-squared test.
     """
     count = max(min(len(real), len(other)) // 4, _FEWEST)
     if min(len(real), len(other)) < count:
