@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from torch.nn.functional import avg_pool2d
 
-from dataset import NpyDataset
-from models.classifier import classify, load_classifier
+from dataset import NpyDataset, normalize
+from models.classifier import classify, load_classifier, unlikeness
 from models.generator import load_model
+from models.regressor import Recovery, load_regressor
+from simulate.instrument import observer_of
 
 FILES = sorted((ROOT / "weights").glob("*.safetensors"))
 
@@ -19,7 +23,10 @@ def test_a_file_is_small_and_has_a_card(path: Path):
     assert path.name in path.with_suffix(".md").read_text()
 
 
-@pytest.mark.parametrize(("name", "accuracy"), [("resnet18_lens", 0.90), ("resnet18_sharp", 0.95)])
+CLASSIFIERS = [("resnet18_lens", 0.90), ("resnet18_sharp", 0.95), ("resnet18_observed", 0.90)]
+
+
+@pytest.mark.parametrize(("name", "accuracy"), CLASSIFIERS)
 def test_a_classifier_knows_simulated_lenses(name, accuracy, lens_data):
     images = NpyDataset(lens_data)
     probabilities, features = classify(load_classifier(ROOT / "weights" / f"{name}.safetensors"), images.images)
@@ -37,3 +44,36 @@ def test_the_generator_makes_lenses_of_the_class_it_is_asked_for():
         assert classifier.classes == model.classes
         called = classify(classifier, images)[0].argmax(1)
         assert (called == labels).float().mean() > 0.88, name
+
+
+def test_the_classifier_of_observed_lenses_reads_them_and_knows_what_is_unlike_them(lens_data):
+    images = NpyDataset(lens_data)
+    model = load_classifier(ROOT / "weights" / "resnet18_observed.safetensors")
+    observed = images.observed(observer_of(images, "euclid")).images
+
+    def flagged(shown) -> float:
+        return np.mean([kind != "" for kind in unlikeness(model, classify(model, shown)[1])])
+
+    assert (classify(model, observed)[0].argmax(1) == images.labels).float().mean() > 0.87
+    assert flagged(images.images) < 0.04
+    assert flagged(observed) < 0.04
+    assert flagged(observed.flip(2)) > 0.95  # upside down
+    assert flagged(torch.rand(64, 1, 64, 64)) == 1
+    assert flagged(normalize(avg_pool2d(observed, 3, 1, 1))) > 0.95  # another PSF
+
+
+def test_the_conditional_generator_draws_the_very_lenses_of_the_simulator(lens_data):
+    images = NpyDataset(lens_data)
+    model = load_model(ROOT / "weights" / "conditional_mlp.safetensors", "cpu")
+    drawn = model.generate(images.labels, phases=model.phases_of(images))
+    errors = (drawn - images.images).square().mean((1, 2, 3)).sqrt()
+    for name, most in (("axion", 0.006), ("cdm", 0.011), ("no_sub", 0.003)):
+        assert errors[images.labels == images.classes.index(name)].square().mean().sqrt() < most, name
+    assert (model.generate(images.labels) - images.images).square().mean().sqrt() > 0.05  # asked for its class alone
+
+
+def test_the_regressor_reads_what_the_simulator_was_told(lens_data):
+    model = load_regressor(ROOT / "weights" / "resnet18_regressor.safetensors")
+    found = Recovery.of(model, NpyDataset(lens_data)).table()
+    assert all(found[f"source_{axis}"]["r2"] > 0.95 for axis in "xy")
+    assert found["axion_mass"]["r2"] > 0.5
