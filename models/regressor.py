@@ -32,10 +32,8 @@ class LensRegressor(torchvision.models.ResNet):
     """
 
     def __init__(self, image_size: int, channels: int, parameters: Sequence[Parameter]):
-        self.slices, last = [], 0
-        for of in parameters:
-            self.slices.append(slice(last, last := last + 1 + (of.scale == "angle")))
-        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=last, zero_init_residual=True)
+        outputs = sum(2 if of.scale == "angle" else 1 for of in parameters)
+        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=outputs, zero_init_residual=True)
         if channels not in (1, 3):
             self.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
         self.image_size, self.channels, self.lens_parameters = image_size, channels, tuple(parameters)
@@ -56,16 +54,16 @@ class LensRegressor(torchvision.models.ResNet):
         return torch.stack(parts, 1)
 
     @torch.inference_mode()
+    def outputs(self, images: Tensor, batch_size: int = 128) -> Tensor:
+        """Outputs (n, outputs) for images (n, c, h, w) of any range, on the CPU."""
+        device, found = self.fc.weight.device, []
+        for batch in tqdm(images.split(batch_size), "reading parameters", unit="batch", leave=False, delay=1):
+            found.append(self(classifier_transforms(batch.to(device), self.image_size)).float().cpu())
+        return torch.cat(found)
+
     def read(self, images: Tensor, batch_size: int = 128) -> Tensor:
         """Phases (n, parameters) of images (n, c, h, w) of any range, on the CPU."""
-        device, outputs = self.fc.weight.device, []
-        for batch in tqdm(images.split(batch_size), "reading parameters", unit="batch", leave=False, delay=1):
-            outputs.append(self(classifier_transforms(batch.to(device), self.image_size)).float().cpu())
-        outputs, phases = torch.cat(outputs), []
-        for where, of in zip(self.slices, self.lens_parameters, strict=True):
-            part = outputs[:, where]
-            phases.append(torch.atan2(part[:, 1], part[:, 0]) if of.scale == "angle" else part[:, 0])
-        return torch.stack(phases, 1)
+        return phases_of(self.outputs(images, batch_size), self.lens_parameters)
 
     def read_values(self, images: Tensor, batch_size: int = 128) -> dict[str, np.ndarray]:
         """The same in the units of the parameters, by name, (n,) each."""
@@ -73,13 +71,26 @@ class LensRegressor(torchvision.models.ResNet):
         return {of.name: of.value(phases[:, i]) for i, of in enumerate(self.lens_parameters)}
 
 
+def phases_of(outputs: Tensor, parameters: Sequence[Parameter]) -> Tensor:
+    """Phases (n, parameters) that outputs (n, outputs) of a regressor mean."""
+    found, columns = [], iter(outputs.unbind(1))
+    for of in parameters:
+        value = next(columns)
+        found.append(torch.atan2(next(columns), value) if of.scale == "angle" else value)
+    return torch.stack(found, 1)
+
+
 @dataclass
 class Recovery:
-    """Phases (n, parameters) that were asked for, NaN where nothing was, and those that a regressor reads."""
+    """Phases (n, parameters) that were asked for, NaN where nothing was, and what a regressor reads, (n, outputs)."""
 
     parameters: Sequence[Parameter]
     asked: np.ndarray
-    read: np.ndarray
+    outputs: Tensor
+
+    @property
+    def read(self) -> np.ndarray:
+        return phases_of(self.outputs.double(), self.parameters).numpy()
 
     @classmethod
     def of(cls, regressor: LensRegressor, images: NpyDataset) -> "Recovery":
@@ -89,7 +100,7 @@ class Recovery:
     @classmethod
     def between(cls, regressor: LensRegressor, asked: Tensor, images: Tensor) -> "Recovery":
         """What it reads off images (n, c, s, s) that have, or should have, phases (n, parameters)."""
-        return cls(regressor.lens_parameters, asked.double().numpy(), regressor.read(images).double().numpy())
+        return cls(regressor.lens_parameters, asked.double().numpy(), regressor.outputs(images))
 
     def loss(self) -> float:
         """Mean squared error of all phases, those of angles by sine and cosine."""
@@ -99,7 +110,7 @@ class Recovery:
     def table(self) -> dict[str, dict[str, Any]]:
         """R^2, bias and scatter of each parameter; those of its logarithm where that is its scale.
 
-        R^2 of an angle is that of its sine and cosine.
+        R^2 of an angle is that of its cosine and sine.
         """
         found = {}
         for i, of in enumerate(self.parameters):
@@ -130,7 +141,9 @@ class Recovery:
         of, known = self.parameters[i], np.isfinite(self.asked[:, i])
         asked, read = self.asked[known, i], self.read[known, i]
         if of.scale == "angle":
-            asked, read = np.exp(1j * asked), np.exp(1j * read)
+            first = i + sum(before.scale == "angle" for before in self.parameters[:i])
+            cosine, sine = self.outputs[known, first : first + 2].double().numpy().T
+            asked, read = np.exp(1j * asked), cosine + 1j * sine
             difference = np.angle(read / asked) * of.period / (2 * np.pi)
             return np.abs(read - asked) ** 2, float(np.var(asked)), difference
         difference = read - asked

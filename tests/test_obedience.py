@@ -10,7 +10,7 @@ from test_parameters import parameter
 
 from dataset import NpyDataset
 from metrics.obedience import _circular, obedience
-from models.regressor import LensRegressor, Recovery, build_regressor, load_regressor
+from models.regressor import LensRegressor, Recovery, build_regressor, load_regressor, phases_of
 from settings import InputError
 
 X, ANGLE = (
@@ -39,12 +39,15 @@ class Reader:
 
     lens_parameters = ALL
 
-    def read(self, images, batch_size=128):
+    def outputs(self, images, batch_size=128):
         images = images.double()
         row = images[:, 0, 5]
         x = ((row * torch.arange(16)).sum(1) / row.sum(1) - 7) / 4
-        angle = torch.atan2(2 * images[:, 0, 10, 1] - 1, 2 * images[:, 0, 10, 0] - 1)
-        return torch.stack([x, angle, (images[:, 0, 12, 0] - 0.5) / 0.2], 1)
+        cosine, sine = (2 * images[:, 0, 10, i] - 1 for i in (0, 1))
+        return torch.stack([x, cosine, sine, (images[:, 0, 12, 0] - 0.5) / 0.2], 1)
+
+    def read(self, images, batch_size=128):
+        return phases_of(self.outputs(images), ALL)
 
 
 class Drawer:
@@ -131,7 +134,12 @@ def test_recovery_is_that_of_the_formulas():
     asked = np.stack([random.normal(0, 0.5, 5000), random.uniform(0, 2 * np.pi, 5000), random.normal(0, 0.5, 5000)], 1)
     read = asked + np.array([0.1, 0.2, 0.0]) + random.normal(0, [0.05, 0.1, 0.25], asked.shape)
     asked[::2, 2] = np.nan
-    table = Recovery(ALL, asked, read).table()
+
+    def recovery(read) -> Recovery:
+        columns = [read[:, 0], np.cos(read[:, 1]), np.sin(read[:, 1]), read[:, 2]]
+        return Recovery(ALL, asked, torch.from_numpy(np.stack(columns, 1)))
+
+    table = recovery(read).table()
     x, angle, mass = table["x"], table["angle"], table["mass"]
     # A phase is half the distance from the mean in standard deviations
     assert (x["bias"], x["scatter"]) == pytest.approx((0.1 * 4, 0.05 * 4), rel=0.03)
@@ -140,8 +148,11 @@ def test_recovery_is_that_of_the_formulas():
     assert angle["r2"] == pytest.approx(2 * np.exp(-0.005) * np.cos(0.2) - 1, abs=0.01)
     assert mass["r2"] == pytest.approx(0.75, abs=0.02)
     assert mass["count"] == 2500
-    turned = Recovery(ALL, asked, asked + 2 * np.pi).table()["angle"]
+    turned = recovery(asked + 2 * np.pi).table()["angle"]
     assert (turned["r2"], turned["bias"]) == pytest.approx((1, 0), abs=1e-9)
+    unsure = recovery(read)
+    unsure.outputs[:, 1:3] *= 0.01  # the mean of all, whatever the angle, explains nothing
+    assert unsure.table()["angle"]["r2"] == pytest.approx(0.02, abs=0.01)
 
 
 def test_angles_are_moved_the_short_way_round():

@@ -108,7 +108,7 @@ RECIPES: Recipes = {
     },
     # weights/resnet18_regressor.safetensors: from 90,000 images
     "resnet18_regressor": {
-        "train_regressor": {"PARAMETERS": _OF_MODEL_II[:5], "EPOCHS": 4, "AMP_DTYPE": "bfloat16"},
+        "train_regressor": {"PARAMETERS": _OF_MODEL_II[:5], "EPOCHS": 6, "AMP_DTYPE": "bfloat16"},
         "export_weights": {
             "CHECKPOINT_PATH": "regressor_training_resnet18/regressor_ckpts/resnet18_best.pt",
             "HALVED": "layer[34]*weight",
