@@ -161,7 +161,7 @@ def ask(model: Generator, real: NpyDataset, count: int) -> dict[str, Any]:
     except InputError as error:
         print(f"Parameters of generated images are not read: {error}")
         regressor = None
-    return obedience(model, regressor, real, count, SEED, BATCH_SIZE)
+    return obedience(model, regressor, real, count, SEED, BATCH_SIZE, model.sampler_for(NUM_ODE_STEPS, CFG_SCALE))
 
 
 def check_places() -> None:

@@ -15,6 +15,7 @@ from scipy.stats import spearmanr, wasserstein_distance
 from torch import Tensor
 
 from dataset import NpyDataset, some_of_each_class
+from models.flow import Sampler
 from models.generator import Generator
 from models.regressor import LensRegressor, Recovery
 from settings import InputError
@@ -26,9 +27,17 @@ WORST = 8  # images that are kept to be shown
 
 
 def obedience(
-    model: Generator, regressor: LensRegressor | None, test: NpyDataset, count: int, seed: int, batch_size: int
+    model: Generator,
+    regressor: LensRegressor | None,
+    test: NpyDataset,
+    count: int,
+    seed: int,
+    batch_size: int,
+    sampler: Sampler | None = None,
 ) -> dict[str, Any]:
     """Everything that the report says of a generator with parameters, by ``count`` test images of each class.
+
+    By the generator's own sampler unless another one is given.
 
     Returns:
         "emulation", by class: RMS over peak of the difference to the very lens that was asked for, with all that is
@@ -42,10 +51,10 @@ def obedience(
     labels, asked = test.labels[index], test.phases(model.lens_parameters)[index]
     real = test.read(index)
 
-    def draw(phases: Tensor | None, first: int = 0) -> Tensor:
-        return model.generate(labels, seed=seed, batch_size=batch_size, first=first, phases=phases)
+    def draw(labels: Tensor, phases: Tensor | None, first: int = 0) -> Tensor:
+        return model.generate(labels, sampler, seed, batch_size, first, phases)
 
-    given, free = draw(asked), draw(None, len(labels))
+    given, free = draw(labels, asked), draw(labels, None, len(labels))
     errors = _rms(given - real) / _peak(real)
     found = {"emulation": _emulation(test, index, real, errors, _rms(free - real) / _peak(real)), "errors": {}}
     for label, name in enumerate(test.classes):
@@ -58,7 +67,7 @@ def obedience(
         found["recovery"] = {"generated": of_given.table(), "real": of_real.table()}
         found["panels"] = {"generated": of_given.panels(), "real": of_real.panels()}
         found["conditionals"] = _conditionals(model, regressor, labels, asked, real, draw)
-        found["order"] = _order(model, regressor, labels, asked, seed, batch_size)
+        found["order"] = _order(model, regressor, labels, asked, draw)
     return found
 
 
@@ -86,7 +95,7 @@ def _conditionals(
     given = torch.tensor([{*of.classes} >= {*model.classes} for of in model.lens_parameters])
     if given.all() or not given.any():
         return {}
-    images = draw(asked.masked_fill(~given, math.nan), 2 * len(labels))
+    images = draw(labels, asked.masked_fill(~given, math.nan), 2 * len(labels))
     generated, real = (regressor.read(some).double().numpy() for some in (images, real))
     found, even = {}, np.arange(len(labels)) % 2 == 0
     for i, of in enumerate(regressor.lens_parameters):
@@ -104,7 +113,7 @@ def _conditionals(
 
 
 def _order(
-    model: Generator, regressor: LensRegressor, labels: Tensor, asked: Tensor, seed: int, batch_size: int
+    model: Generator, regressor: LensRegressor, labels: Tensor, asked: Tensor, draw: Callable[..., Tensor]
 ) -> dict[str, float]:
     """Rank correlation of the values that a parameter is swept through and those that are read, over lenses."""
     found = {}
@@ -118,9 +127,7 @@ def _order(
         grid = torch.linspace(*asked[lenses, place].aminmax(), _STEPS)
         phases = asked[lenses].repeat_interleave(_STEPS, 0)
         phases[:, place] = grid.repeat(len(lenses))
-        images = model.generate(
-            labels[lenses].repeat_interleave(_STEPS), seed=seed, batch_size=batch_size, phases=phases
-        )
+        images = draw(labels[lenses].repeat_interleave(_STEPS), phases)
         read = regressor.read(images)[:, read_at].view(len(lenses), _STEPS)
         found[of.name] = float(np.mean([spearmanr(grid, row).statistic for row in read]))
     return found

@@ -58,7 +58,7 @@ class Drawer:
     def __init__(self, how="right"):
         self.how = how
 
-    def generate(self, labels, seed=0, batch_size=128, first=0, phases=None):
+    def generate(self, labels, sampler=None, seed=0, batch_size=128, first=0, phases=None):
         random = torch.Generator().manual_seed(seed + first)
         free = torch.rand(len(labels), 3, generator=random) - 0.5
         free[:, 1] *= 4 * np.pi
@@ -121,8 +121,10 @@ def test_generators_that_do_not_obey_are_told(drawn):
 
 def test_errors_are_root_mean_squares_over_the_peak(drawn):
     class Off(Drawer):
-        def generate(self, labels, seed=0, batch_size=128, first=0, phases=None):
-            return super().generate(labels, seed, batch_size, first, phases) + (0.02 if phases is not None else 0)
+        def generate(self, labels, sampler=None, seed=0, batch_size=128, first=0, phases=None):
+            return super().generate(labels, sampler, seed, batch_size, first, phases) + (
+                0.02 if phases is not None else 0
+            )
 
     found = obedience(Off(), None, drawn, 50, 0, 128)
     assert found.keys() == {"emulation", "errors", "worst"}
