@@ -159,17 +159,19 @@ class NpyDataset(Dataset):
         """Number of images of each class."""
         return dict(zip(self.classes, torch.bincount(self.labels, minlength=len(self.classes)).tolist(), strict=True))
 
-    def columns(self, names: Iterable[str]) -> dict[str, Column]:
+    def columns(self, names: Iterable[str], lenient: bool = False) -> dict[str, Column]:
         """Physical parameters of the images by name, as tables, pickled files and headers say them; see ``parameters``.
 
         Raises:
-            InputError: for one that none of these has.
+            InputError: for one that none of these has, of the whole folder, unless ``lenient``.
         """
-        return read_columns(self.root_dir, self.files, self.values, tuple(names))
+        files, pickled = self._records["file"].tolist(), self._records["values"]
+        found = read_columns(self.root_dir, files, pickled, tuple(names), lenient)
+        return {name: column._replace(values=column.values[self._keep]) for name, column in found.items()}
 
-    def phases(self, parameters: Sequence[Parameter]) -> Tensor:
+    def phases(self, parameters: Sequence[Parameter], lenient: bool = False) -> Tensor:
         """The same as networks see them, (n, parameters) float32, NaN where unknown."""
-        columns = self.columns(parameter.name for parameter in parameters)
+        columns = self.columns((parameter.name for parameter in parameters), lenient)
         return phases(parameters, {name: column.values for name, column in columns.items()})
 
     @cached_property

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +28,12 @@ from settings import InputError
 
 TABLES = ("parameters.fits", "parameters.csv")
 SCALES = ("linear", "log10", "angle")
-_PERIODS = {"rad": 2 * math.pi, "deg": 360.0}
+_PERIODS = dict.fromkeys(("rad", "radian", "radians"), 2 * math.pi)  # by unit
+_PERIODS |= dict.fromkeys(("deg", "degree", "degrees"), 360.0) | {"arcmin": 360.0 * 60, "arcsec": 360.0 * 3600}
+_MISSING = ("", "NA", "N/A", "n/a", "nan", "NaN", "None", "null", "-", "--")  # cells of a CSV file without a value
 _LOGARITHMIC = 30  # largest over smallest value of a parameter that is told by its logarithm
 _MARGIN = 0.02  # of its range, which the largest value of a training set falls short of by chance
+_LARGEST = 1e30  # value that anybody may ask for
 _MOST = 1000  # parameters of a checkpoint
 
 
@@ -84,13 +88,16 @@ class Parameter:
         return f"{self.name}, {self.low:.3g} to {self.high:.3g}{unit}"
 
 
-def read_columns(root: Path, files: Sequence[str], pickled: np.ndarray, names: Sequence[str]) -> dict[str, Column]:
+def read_columns(
+    root: Path, files: Sequence[str], pickled: np.ndarray, names: Sequence[str], lenient: bool = False
+) -> dict[str, Column]:
     """Parameters of images by name, in the order of the images.
 
     Args:
         files: paths of the images relative to ``root``.
         pickled: (n, 4), what pickled files give behind their images.
         names: of the parameters that are wanted.
+        lenient: whether a name that nothing has is unknown of all images.
 
     Raises:
         InputError: for a damaged table, one that is of other images, or a name that nothing has.
@@ -104,10 +111,13 @@ def read_columns(root: Path, files: Sequence[str], pickled: np.ndarray, names: S
                 _merge(known, _read_table(path, folder, files), len(files))
     if missing := [name for name in names if name not in known]:
         known |= _read_headers(root, files, missing)
-    if missing := [name for name in names if name not in known]:
-        there = f"there are {_some(sorted(known))}" if known else f"there is no {' or '.join(TABLES)} either"
+    missing = [name for name in names if name not in known]
+    if missing and not lenient:
+        near = sorted(known, key=lambda name: -SequenceMatcher(None, name, missing[0]).ratio())
+        there = f"there are {_some(near)}" if known else f"no {' or '.join(TABLES)} has columns of numbers"
         raise InputError(f"{root}: no parameter {', '.join(missing)} of its images; {there}", 2)
-    return {name: known[name] for name in names}
+    unknown = Column(np.full(len(files), np.nan))
+    return {name: known.get(name, unknown) for name in names}
 
 
 def fit(specifications: Sequence[str], columns: Mapping[str, Column], of_classes: Sequence[str]) -> list[Parameter]:
@@ -132,12 +142,16 @@ def fit(specifications: Sequence[str], columns: Mapping[str, Column], of_classes
         scale = scale or _scale_of(some, unit)
         period = 0.0
         if scale.startswith("angle"):
-            period = _PERIODS.get(unit, 2 * math.pi) / float(scale.partition("/")[2] or 1)
-            scale = "angle"
+            whole = _PERIODS.get(unit.lower(), 2 * math.pi)
+            if unit.lower() not in _PERIODS and np.abs(some).max() > 1.001 * whole:
+                raise InputError(f"parameter {name}: up to {some.max():g} without a unit of angles, such as [deg]", 2)
+            period, scale = whole / float(scale.partition("/")[2] or 1), "angle"
         if scale == "log10" and some.min() <= 0:
             raise InputError(f"parameter {name}: has a value of {some.min():g}, which has no logarithm", 2)
         scaled = np.log10(some) if scale == "log10" else some
         mean, deviation = (0.0, 1.0) if scale == "angle" else (float(scaled.mean()), float(scaled.std()))
+        if not math.isfinite(deviation):
+            raise InputError(f"parameter {name}: its values, up to {some.max():g}, are too large", 2)
         if deviation <= 1e-12 * abs(mean):
             raise InputError(f"parameter {name}: is {some[0]:g} in every training image", 2)
         classes = tuple(sorted({of for of, there in zip(of_classes, known.tolist(), strict=True) if there}))
@@ -196,10 +210,12 @@ def asked(
         try:
             values = np.asarray(values, np.float64)
             columns[key][:] = values
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             raise InputError(f"parameter {key}: neither a number nor {count} of them, one for each image") from None
-        if np.isinf(values).any() or (parameter.scale == "log10" and (values <= 0).any()):
-            raise InputError(f"parameter {key}: {values.min():g} cannot be; it is {parameter}")
+        impossible = np.abs(values) > _LARGEST
+        impossible |= (parameter.scale == "log10") & (values <= 0)
+        if impossible.any():
+            raise InputError(f"parameter {key}: {values[impossible].flat[0]:g} cannot be; it is {parameter}")
         _warn_outside(parameter, columns[key], name)
     return columns
 
@@ -229,14 +245,14 @@ def from_plain(content: Any) -> list[Parameter]:
 
 def _parse(specification: str) -> tuple[str, str]:
     """Name and scale, "" where none is given."""
-    name, _, scale = specification.partition(":")
+    name, _, scale = (part.strip() for part in specification.partition(":"))
     if not name or not re.fullmatch(r"|linear|log10|angle(/[1-9]\d?)?", scale):
         raise InputError(f"parameter {specification!r}: a scale is linear, log10, angle or, say, angle/2", 2)
     return name, scale
 
 
 def _scale_of(values: np.ndarray, unit: str) -> str:
-    if unit in _PERIODS:
+    if unit.lower() in _PERIODS and not unit.lower().startswith("arc"):  # positions are in these
         return "angle"
     return "log10" if values.min() > 0 and values.max() > _LOGARITHMIC * values.min() else "linear"
 
@@ -272,9 +288,12 @@ def _read_table(path: Path, folder: str, files: Sequence[str]) -> dict[str, Colu
     from astropy.table import Table  # here, since it takes a second and few need it
 
     try:
-        table = Table.read(path, format="fits" if path.suffix == ".fits" else "ascii.csv")
-    except Exception:  # astropy can raise nearly anything
-        raise InputError(f"{path}: is damaged, or no table") from None
+        table = Table.read(path, format="fits") if path.suffix == ".fits" else _read_csv(path)
+    except Exception as error:  # astropy can raise nearly anything
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason is known"
+        raise InputError(f"{path}: is damaged, or no table: {reason}") from None
+    if not table.colnames:
+        raise InputError(f"{path}: is empty")
     names = _names_in(table, path)
     prefix = f"{folder}/" if folder else ""
     here = {file.removeprefix(prefix): i for i, file in enumerate(files) if file.startswith(prefix)}
@@ -294,14 +313,26 @@ def _read_table(path: Path, folder: str, files: Sequence[str]) -> dict[str, Colu
     return found
 
 
+def _read_csv(path: Path) -> Any:
+    """The table of a CSV file, whose cells commas, semicolons or tabs divide."""
+    from astropy.io import ascii as text_tables
+
+    text = path.read_text("utf-8-sig")
+    head = text.lstrip().partition("\n")[0]
+    delimiter = max(",;\t", key=head.count)
+    fill = [(missing, "0") for missing in _MISSING]  # the cell is masked, whatever it is filled with
+    return text_tables.read(text.splitlines(), format="csv", delimiter=delimiter, fill_values=fill)
+
+
 def _names_in(table: Any, path: Path) -> list[str]:
     """The file that each row of a table is of."""
     if "file" not in table.colnames and {"class", "index"} <= {*table.colnames}:
         return [f"{of}/{index}.npy" for of, index in zip(table["class"], table["index"], strict=True)]
-    key = "file" if "file" in table.colnames else table.colnames[0]
-    if path.suffix == ".fits" and key != "file":
+    named = [name for name in table.colnames if name.strip().lower() == "file"]
+    if path.suffix == ".fits" and not named:
         raise InputError(f'{path}: has no column "file"')
-    return [str(name).strip() for name in table[key]]
+    files = table[named[0] if named else table.colnames[0]]
+    return [str(name).strip().replace("\\", "/").removeprefix("./") for name in files]
 
 
 def _flat(table: Any) -> dict[str, Column]:
@@ -309,7 +340,7 @@ def _flat(table: Any) -> dict[str, Column]:
     found, many = {}, {}
     for key in table.colnames:
         column = table[key]
-        if column.dtype.kind not in "iufb" or column.ndim > 3:
+        if key == "index" or column.dtype.kind not in "iufb" or column.ndim > 3:
             continue
         name, bracketed = re.fullmatch(r"\s*(.*?)\s*(?:[\[(](.*)[\])])?\s*", key).groups()
         values = np.ma.filled(np.ma.masked_array(column, dtype=np.float64), np.nan)
@@ -341,7 +372,8 @@ def _read_headers(root: Path, files: Sequence[str], names: Sequence[str]) -> dic
     for i, file in enumerate(tqdm(files, "reading headers", unit="file", leave=False, delay=1)):
         for name, (value, unit) in read_keywords(root / file, names).items():
             found.setdefault(name, np.full(len(files), np.nan))[i] = value
-            units[name] = unit
+            if units.setdefault(name, unit) != unit:
+                raise InputError(f"{root / file}: {name} is in {unit!r}, and in {units[name]!r} in other files", 2)
     return {name: Column(values, units[name]) for name, values in found.items()}
 
 

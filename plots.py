@@ -149,18 +149,19 @@ def histograms(panels: dict[str, dict[str, np.ndarray]], xlabel: str) -> Figure:
 
 
 @own_style
-def recovery(rows: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> Figure:
-    """Values that are read against those asked for: row -> panel -> (asked (n,), read (n,))."""
+def recovery(rows: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]], xlabel: str = "asked for") -> Figure:
+    """Values that are read against those asked for: row -> panel -> (asked, read (n,)); columns share axes."""
     columns = max(len(panels) for panels in rows.values())
     figure = Figure(figsize=(3.2 * columns, 3.2 * len(rows)), layout="constrained")
     for axes, (name, panels) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True):
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
         for axis, (title, (asked, read)) in zip(axes, panels.items(), strict=False):
-            ends = min(asked.min(), read.min()), max(asked.max(), read.max())
+            both = [values for panels in rows.values() for values in panels.get(title, ())]
+            ends = min(map(np.min, both)), max(map(np.max, both))
             axis.plot(ends, ends, color="0.6", linewidth=0.8)
             axis.plot(asked, read, ".", markersize=2.5, alpha=0.5)
-            axis.set(title=_literal(title), xlabel="asked for", ylabel=f"read, {_literal(name)}")
+            axis.set(title=_literal(title), xlabel=xlabel, ylabel=f"read, {_literal(name)}", xlim=ends, ylim=ends)
             axis.grid(alpha=0.3)
     return figure
 

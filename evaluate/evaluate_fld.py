@@ -61,8 +61,10 @@ def main() -> None:
     import plots
     from metrics import report
     from metrics.inception import load_inception
+    from metrics.obedience import obedience
     from metrics.score import Reference, check_match, fewest, half_size
     from models.classifier import default_classifier, load_classifier
+    from models.regressor import load_regressor
 
     device = distributed.join(settings.pick_device(DEVICE))
     plots.check_format(FIGURE_PATH)  # now, not after minutes of work
@@ -78,6 +80,8 @@ def main() -> None:
     paths = [GENERATED_DIR or CHECKPOINT_PATH] + ([COMPARE_PATH] if COMPARE_PATH else [])
     found = [open_folder_or_checkpoint(path, real.classes) for path in paths]
     check_match(real, {path: classifier, **dict(zip(paths, found, strict=True))})
+    knowing = [knows(model, real) for model in found]
+    regressor = load_regressor(REGRESSOR_PATH, device) if any(knowing) else None
     outputs = (OUTPUT_DIR, f"{OUTPUT_DIR.rstrip('/')}_compared")
     to_score = [
         folder if isinstance(folder, NpyDataset) else prepare(folder, path, output)
@@ -120,7 +124,12 @@ def main() -> None:
             report.print_table(scored[-1], count)
     if not distributed.is_main():
         return
-    told = {name: ask(model, real, count) for name, model in zip(names, found, strict=True) if knows(model, real)}
+    sampler = (NUM_ODE_STEPS, CFG_SCALE)
+    told = {
+        name: obedience(model, regressor, real, count, SEED, BATCH_SIZE, model.sampler_for(*sampler))
+        for name, model, known in zip(names, found, knowing, strict=True)
+        if known
+    }
     report.print_obedience(told)
     report.write_lenses(FIGURE_PATH, scored[0])
     constants = settings.constants(globals()) | {"CLASSIFIER_PATH": path}
@@ -139,29 +148,13 @@ def views(real: NpyDataset) -> list[tuple[str, list[Observer | None]]]:
 
 
 def knows(model: NpyDataset | Generator, real: NpyDataset) -> bool:
-    """Whether it can be asked for the parameters of the real images."""
+    """Whether it can be asked for parameters that the real images have."""
     if not isinstance(model, Generator) or not model.lens_parameters:
         return False
-    try:
-        model.phases_of(real)
-    except InputError as error:
-        print(f"Nothing is asked for by its parameters: {error}")
-        return False
-    return True
-
-
-def ask(model: Generator, real: NpyDataset, count: int) -> dict[str, Any]:
-    """What comes of asking for the parameters of real images; see ``metrics.obedience``."""
-    from metrics.obedience import obedience
-    from models.regressor import load_regressor
-
-    try:
-        regressor = load_regressor(REGRESSOR_PATH, model.device)
-        print(f"Parameters are read by {REGRESSOR_PATH}")
-    except InputError as error:
-        print(f"Parameters of generated images are not read: {error}")
-        regressor = None
-    return obedience(model, regressor, real, count, SEED, BATCH_SIZE, model.sampler_for(NUM_ODE_STEPS, CFG_SCALE))
+    known = bool(real.phases(model.lens_parameters, lenient=True).isfinite().any())
+    if not known:
+        print("Nothing is asked for by its parameters: no table says those of the real images")
+    return known
 
 
 def check_places() -> None:

@@ -48,7 +48,7 @@ def obedience(
         as that parameter alone is swept; and what is drawn: "panels", "worst" images and "errors".
     """
     index = some_of_each_class(test.labels, count, seed)
-    labels, asked = test.labels[index], test.phases(model.lens_parameters)[index]
+    labels, asked = test.labels[index], test.phases(model.lens_parameters, lenient=True)[index]
     real = test.read(index)
 
     def draw(labels: Tensor, phases: Tensor | None, first: int = 0) -> Tensor:
@@ -62,7 +62,7 @@ def obedience(
     worst = errors.argsort(descending=True)[:WORST]
     found["worst"] = {"asked for": real[worst], "generated": given[worst], "difference, ±0.05": (given - real)[worst]}
     if regressor:
-        known = test.phases(regressor.lens_parameters)[index]
+        known = test.phases(regressor.lens_parameters, lenient=True)[index]
         of_given, of_real = (Recovery.between(regressor, known, images) for images in (given, real))
         found["recovery"] = {"generated": of_given.table(), "real": of_real.table()}
         found["panels"] = {"generated": of_given.panels(), "real": of_real.panels()}
@@ -123,6 +123,8 @@ def _order(
             continue
         place = places[of.name]
         lenses = torch.nonzero(asked[:, place].isfinite()).flatten()
+        if not len(lenses):
+            continue
         lenses = lenses[:: math.ceil(len(lenses) / _SWEPT)]
         grid = torch.linspace(*asked[lenses, place].aminmax(), _STEPS)
         phases = asked[lenses].repeat_interleave(_STEPS, 0)

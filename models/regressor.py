@@ -104,8 +104,7 @@ class Recovery:
 
     def loss(self) -> float:
         """Mean squared error of all phases, those of angles by sine and cosine."""
-        errors = [self._errors(i)[0] for i in range(len(self.parameters))]
-        return float(np.concatenate(errors).mean())
+        return float(np.concatenate([self._errors(i)[0] for i in range(len(self.parameters))]).mean())
 
     def table(self) -> dict[str, dict[str, Any]]:
         """R^2, bias and scatter of each parameter; those of its logarithm where that is its scale.
@@ -114,9 +113,9 @@ class Recovery:
         """
         found = {}
         for i, of in enumerate(self.parameters):
-            squared, spread, difference = self._errors(i)
-            if len(squared) < _FEWEST:
+            if np.isfinite(self.asked[:, i]).sum() < _FEWEST:
                 continue
+            squared, spread, difference = self._errors(i)
             unit = f"log10 {of.unit}".strip() if of.scale == "log10" else of.unit
             r2 = 1 - squared.mean() / spread if spread > 0 else float("nan")
             found[of.name] = {"r2": float(r2), "bias": float(difference.mean()), "scatter": float(difference.std())}
@@ -129,9 +128,13 @@ class Recovery:
         for i, of in enumerate(self.parameters):
             known = np.isfinite(self.asked[:, i])
             if known.sum() >= _FEWEST:
-                asked, read = (of.value(phases[known, i]) for phases in (self.asked, self.read))
-                if of.scale == "log10":
-                    asked, read = np.log10(asked), np.log10(read)
+                asked, read = (phases[known, i] for phases in (self.asked, self.read))
+                if of.scale == "angle":  # the nearest of those that are the same
+                    asked, read = (phases / (2 * np.pi) * of.period for phases in (asked, read))
+                    asked = asked % of.period
+                    read = asked + (read - asked + of.period / 2) % of.period - of.period / 2
+                else:
+                    asked, read = (of.mean + 2 * of.deviation * phases for phases in (asked, read))
                 unit = f" ({'log10 ' if of.scale == 'log10' else ''}{of.unit})" if of.unit else ""
                 found[f"{of.name}{unit}"] = asked, read
         return found

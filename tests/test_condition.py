@@ -264,7 +264,8 @@ def test_a_run_goes_on_with_its_parameters_and_starts_from_weights_without_any(s
     kept = load_model(tmp_path / "more" / "dit_conditional_ckpts" / "dit_conditional_final.pt", "cpu")
     assert [of.name for of in kept.lens_parameters] == ["place_x"]
     for wrong, fault in (
-        (["--parameters", "place_y"], "the generator to go on with has other parameters: place_x"),
+        (["--parameters", "place_y"], "has other parameters, order or scales: place_x:linear"),
+        (["--parameters", "place_x:log10"], "has other parameters, order or scales: place_x:linear"),
         (["--augment", "square", "--parameters", "place_x"], "turns images, but not their parameters"),
         (["--parameters", "place_z"], "no parameter place_z of its images; there are place_x, place_y"),
         (["--parameters", "place_x,place_x"], "is not a list of different names"),

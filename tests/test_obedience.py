@@ -213,6 +213,7 @@ def test_a_regressor_learns_where_spots_are(drawn, tmp_path, undrawn):
 @pytest.mark.parametrize(
     ("flags", "fault"),
     [
+        (["--parameters", "late"], "parameter late: no validation image has it"),
         ([], "--parameters is empty: name those to be read"),
         (["--parameters", "redshift"], "no parameter redshift of its images; there are axion_mass"),
         (["--parameters", "source_x", "--batch_size", 1000], "--batch_size 1000 is more than"),
@@ -258,5 +259,21 @@ def test_the_report_tells_whether_a_generator_obeys(lens_data, regressor, classi
     page = (tmp_path / "report" / "report.html").read_text()
     assert "Asked for by parameters" in page
     assert "noise of euclid" in page
-    run_script("evaluate/evaluate_fld.py", *flags, "--regressor_path", tmp_path / "none.pt")
-    assert "Parameters of generated images are not read: " in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # now, not after minutes of work
+        run_script("evaluate/evaluate_fld.py", *flags, "--regressor_path", classifier)
+    assert "where a regressor is wanted" in capsys.readouterr().err
+
+
+def test_what_a_table_does_not_have_is_left_out(drawn, tmp_path):
+    """The regressor reads more than the table has, and one parameter is in its training images alone."""
+    rows = [line.split(",") for line in (drawn.root_dir / "parameters.csv").read_text().splitlines()]
+    few = NpyDataset(drawn.root_dir)
+    few._records = few._records.copy()
+    names = {file: row for file, *row in rows[1:]}
+    (tmp_path / "parameters.csv").write_text(
+        "file,x,mass [eV]\n" + "".join(f"{file},{row[0]},\n" for file, row in names.items())
+    )
+    few.root_dir = tmp_path
+    found = obedience(Drawer(), Reader(), few, 100, 0, 128)
+    assert found["recovery"]["generated"].keys() == {"x"}
+    assert found["order"].keys() == {"x"}

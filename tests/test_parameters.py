@@ -60,6 +60,42 @@ def test_a_csv_names_files_by_path_or_by_name_alone_and_may_lack_values(tmp_path
     assert [column.unit for column in columns.values()] == ["solMass", "arcsec"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufefffile;z\r\na/0.npy;1.5\r\nb/0.npy;NA\r\n",
+        "file\tz\n./a/0.npy\t1.5\nb\\0.npy\tN/A\n",
+        'z , File\n1.5, "a/0.npy"\n-- , b/0.npy\n',
+    ],
+    ids=["semicolons, a byte order mark and Windows", "tabs and other paths", "spaces, quotes and another order"],
+)
+def test_a_csv_is_read_as_people_write_it(text, tmp_path):
+    write_images(tmp_path, ["a/0.npy", "b/0.npy"])
+    (tmp_path / "parameters.csv").write_text(text, "utf-8", newline="")
+    same(values_of(tmp_path, "z"), {"a/0.npy": [1.5], "b/0.npy": [np.nan]})
+
+
+def test_a_table_of_the_training_images_alone_leaves_the_others_unknown(tmp_path):
+    write_images(tmp_path, ["train/a/0.npy", "val/a/0.npy", "test/a/0.npy"])
+    (tmp_path / "train" / "parameters.csv").write_text("file,z\na/0.npy,1\n")
+    assert values_of(tmp_path, "z", split="train") == {"train/a/0.npy": [1.0]}
+    same(values_of(tmp_path, "z", split="val"), {"val/a/0.npy": [np.nan]})
+    images = NpyDataset(tmp_path)
+    with pytest.raises(InputError, match="no parameter q"):
+        images.columns(["q"])
+    assert np.isnan(images.columns(["q"], lenient=True)["q"].values).all()
+
+
+def test_headers_of_different_units_are_one_line(tmp_path):
+    (tmp_path / "a").mkdir()
+    for k, unit in enumerate(("deg", "rad")):
+        header = fits.Header()
+        header["PHI"] = (1.0, f"[{unit}] angle")
+        fits.PrimaryHDU(np.random.default_rng(k).random((16, 16)), header).writeto(tmp_path / "a" / f"{k}.fits")
+    with pytest.raises(InputError, match="PHI is in 'rad', and in 'deg' in other files"):
+        NpyDataset(tmp_path).columns(["PHI"])
+
+
 def test_a_name_that_two_files_share_is_of_neither(tmp_path):
     write_images(tmp_path, ["a/0.npy", "b/0.npy", "b/1.npy"])
     (tmp_path / "parameters.csv").write_text("file,z\n0.npy,1\n1.npy,2\n")
@@ -118,8 +154,9 @@ def test_a_table_fills_what_pickled_files_leave_open(tmp_path):
         ("file,z\na/0.npy,1\n", "no parameter mass of its images; there are z"),
         ("file,mass\nx.npy,1\n", "no row is of a file in its folder: it begins with x.npy, the folder with a/0.npy"),
         ("file,mass\n", "no row is of a file in its folder: it is empty"),
+        ("", "is empty"),
         ("file,mass\na,1,2,3\n", "is damaged, or no table"),
-        (None, "no parameter mass of its images; there is no parameters.fits or parameters.csv either"),
+        (None, "no parameter mass of its images; no parameters.fits or parameters.csv has columns of numbers"),
     ],
 )
 def test_a_table_that_does_not_serve_is_one_line(table, fault, tmp_path):
@@ -157,9 +194,9 @@ def test_scale_and_range_are_found_or_named():
         "x": Column(np.array([-1.0, 1.0, np.nan]), "arcsec"),
         "mass": Column(np.array([1e6, 1e10, 1e8])),
         "angle": Column(np.array([0.1, 3.0, 6.0]), "rad"),
-        "direction": Column(np.array([10.0, 20.0, 350.0]), "deg"),
+        "direction": Column(np.array([10.0, 20.0, 350.0]), "Degree"),
     }
-    names = ("x", "mass", "angle", "direction:angle/2", "mass:linear")
+    names = ("x", "mass", "angle", " direction : angle/2 ", "mass:linear")
     found = fit(names, columns, ["a", "b", "b"])
     assert [of.scale for of in found] == ["linear", "log10", "angle", "angle", "linear"]
     np.testing.assert_allclose([of.period for of in found], [0, 0, 2 * np.pi, 180, 0])
@@ -178,6 +215,8 @@ def test_scale_and_range_are_found_or_named():
         ("p:log", [1.0, 2.0], "a scale is linear, log10, angle or, say, angle/2"),
         ("p:angle/0", [1.0, 2.0], "a scale is"),
         (":log10", [1.0, 2.0], "a scale is"),
+        ("p:angle", [10.0, 300.0], "up to 300 without a unit of angles"),
+        ("p:linear", [1e300, -1e300], "are too large"),
     ],
 )
 def test_parameters_that_cannot_be_are_one_line(specification, values, fault):
@@ -229,7 +268,8 @@ def test_what_is_asked_for_is_a_number_or_one_for_each_image():
         ({"x": [1, 2, 3]}, "parameter x: neither a number nor 2 of them"),
         ({"x": "large"}, "parameter x: neither a number"),
         ({"x": float("inf")}, "parameter x: inf cannot be; it is x, -1 to 1 arcsec"),
-        ({"mass": -1e-23}, "parameter mass: -1e-23 cannot be"),
+        ({"mass": [np.nan, -1e-23]}, "parameter mass: -1e-23 cannot be"),
+        ({"x": 1e300}, "parameter x: 1e+300 cannot be"),
         (3, "parameters 3: values by name"),
     ],
 )

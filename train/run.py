@@ -37,7 +37,17 @@ from models.generator import Generator
 from settings import ROOT, InputError
 
 # Settings that may differ between two runs of one training without anything to be said
-_FREE = {"DATA_DIR", "OUTPUT_DIR", "WEIGHTS_PATH", "CACHE_DIR", "RESUME", "DEVICE", "EPOCHS", "WORTH_STARTING_HOURS"}
+_FREE = {
+    "DATA_DIR",
+    "OUTPUT_DIR",
+    "WEIGHTS_PATH",
+    "CACHE_DIR",
+    "RESUME",
+    "DEVICE",
+    "EPOCHS",
+    "PARAMETERS",
+    "WORTH_STARTING_HOURS",
+}
 _OF_A_RUN = ("*_ckpts", "dit_conditional_images", "dit_conditional_npy", "training_metrics.*", "confusion_matrix.png")
 _NEEDED = {"optimizer_state_dict", "history", "settings", "step_in_epoch"}  # in a checkpoint, to go on from it
 _DRAWN_EVERY = 10  # seconds

@@ -262,14 +262,21 @@ def choose_parameters(images: NpyDataset, before: Generator | None) -> tuple[Par
     if names and AUGMENT != "none":
         raise InputError(f"--augment {AUGMENT} turns images, but not their parameters: leave out one of the two", 2)
     if before and before.lens_parameters:
-        if names and names != [parameter.name for parameter in before.lens_parameters]:
-            known = ", ".join(parameter.name for parameter in before.lens_parameters)
-            raise InputError(f"the generator to go on with has other parameters: {known}", 2)
+        wanted = [(name, scale.partition("/")[0]) for name, _, scale in (of.partition(":") for of in PARAMETERS)]
+        known = [(of.name, of.scale) for of in before.lens_parameters]
+        same = len(wanted) == len(known) and all(
+            a[0] == b[0] and a[1] in ("", b[1]) for a, b in zip(wanted, known, strict=True)
+        )
+        if names and not same:
+            told = ",".join(map(":".join, known))
+            raise InputError(f"the generator to go on with has other parameters, order or scales: {told}", 2)
         return before.lens_parameters
     if not names:
         return ()
     found = fit(PARAMETERS, columns := images.columns(names), [images.classes[label] for label in images.labels])
-    shares = (f"{of} ({np.isfinite(columns[of.name].values).mean():.0%} of the images)" for of in found)
+    shares = (
+        f"{of}, {of.scale}, known of {np.isfinite(columns[of.name].values).mean():.0%} of the images" for of in found
+    )
     print("parameters:", *shares, sep="\n  ")
     return tuple(found)
 
@@ -287,7 +294,10 @@ def prepare_generator(images: NpyDataset, before: Generator | None) -> Generator
     sizes = {"patch_size": PATCH_SIZE, "hidden_size": LATENT_DIM, "depth": MODEL_DEPTH, "num_heads": MODEL_HEADS}
     given = {name: value for name, value in (sizes | {"prediction": PREDICTION}).items() if value is not None}
     if START_PATH:
-        return start_from(before, (SIZES[MODEL_SIZE] if MODEL_SIZE else {}) | given, images, parameters)
+        size = {
+            name: value for name, value in SIZES.get(MODEL_SIZE, {}).items() if name != "components"
+        }  # its own stay
+        return start_from(before, size | given, images, parameters)
     size = MODEL_SIZE or "NanoDiT-B/2"
     changes, codec = dict(given), None
     if components := SIZES[size].get("components"):

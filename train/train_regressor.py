@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
@@ -56,6 +57,11 @@ def main() -> None:
         raise InputError(f"--batch_size {BATCH_SIZE} is more than the {len(train)} training images of {DATA_DIR}", 2)
     columns = train.columns(map(name_of, PARAMETERS))
     parameters = fit(PARAMETERS, columns, [train.classes[label] for label in train.labels.tolist()])
+    for name, column in val.columns(map(name_of, PARAMETERS)).items():
+        if not np.isfinite(column.values).any():
+            raise InputError(
+                f"parameter {name}: no validation image has it, so nobody could say how well it is read", 2
+            )
     torch.manual_seed(SEED)
     model = build_regressor(IMAGE_SIZE, train.image_shape[0], parameters)
     targets = model.targets(train.phases(parameters))
@@ -116,7 +122,7 @@ def report(model: LensRegressor, test: NpyDataset) -> None:
     found = Recovery.of(model, test)
     for name, row in found.table().items():
         print(f"{name}: R^2 {row['r2']:.4f}, bias {row['bias']:.3g}, scatter {row['scatter']:.3g} {row['unit']}")
-    plots.save(plots.recovery({"test images": found.panels()}), Path(OUTPUT_DIR) / "recovery.png")
+    plots.save(plots.recovery({"test images": found.panels()}, "true"), Path(OUTPUT_DIR) / "recovery.png")
 
 
 if __name__ == "__main__":
