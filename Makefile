@@ -23,7 +23,7 @@ HALF_OF_CORES := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 
 demo: demo-data
 	$(BIN)/python evaluate/evaluate_fld.py $(call SCORED,$(DEMO)) --num_splits 4 \
-		--checkpoint_path weights/component_mlp.safetensors --classifier_path weights/resnet18_lens.safetensors
+		--checkpoint_path weights/conditional_mlp.safetensors --classifier_path weights/resnet18_lens.safetensors
 
 train-demo: demo-data
 	OMP_NUM_THREADS=$(HALF_OF_CORES) $(MAKE) --no-print-directory -j2 demo-generator demo-classifier

@@ -45,7 +45,7 @@ from simulate.workers import render_pool
 
 DATA_DIR: str | None = None  # Folder of images: adds the Fréchet distance to its test images
 CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
-    "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/component_mlp.safetensors"
+    "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/conditional_mlp.safetensors"
 )
 CLASSIFIER_PATH: str = settings.first_there(  # Gives the lens features, likewise
     "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"

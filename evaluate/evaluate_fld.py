@@ -37,7 +37,7 @@ BESIDE: bool = False  # With INSTRUMENT: scores the images without it, too, in c
 PIXEL_SCALE: Positive | None = None  # Arcsec a pixel; None takes it from FITS headers or the recipe, or else has pixels
 KEEPS_FLUX: bool | None = None  # Compares sky, peak and flux in the unit of the files, too; None as the checkpoint does
 CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
-    "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/component_mlp.safetensors"
+    "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/conditional_mlp.safetensors"
 )
 COMPARE_PATH: str | None = None  # A second checkpoint, or folder of images, to be scored in columns beside the first
 CLASSIFIER_PATH: str | None = None  # Gives the lens features; None likewise, with INSTRUMENT one that knows noise
