@@ -83,6 +83,7 @@ class Calibration(nn.Module):
         temperature: that its logits are divided by (Guo et al. 2017, arXiv:1706.04599).
         centre, whitening: of the features (512) of training images: distances are those of Mahalanobis (Lee et al.
             2018, arXiv:1807.03888).
+        pixels: on a side of these images; of another size, images are resized, which blurs them.
         limit: distance that one in a hundred validation images exceeds, the faintest ones for themselves, too.
     """
 
@@ -92,6 +93,7 @@ class Calibration(nn.Module):
         self.register_buffer("centre", torch.zeros(features))
         self.register_buffer("whitening", torch.eye(features))
         self.register_buffer("limit", torch.ones(()))
+        self.register_buffer("pixels", torch.zeros(()))
 
     def distance(self, features: Tensor) -> Tensor:
         """Distances of features (n, 512) from those of training images, (n,), where 1 is the limit."""
@@ -154,14 +156,16 @@ def classify(
 
 
 @torch.inference_mode()
-def unlikeness(model: LensClassifier, features: Tensor) -> list[str]:
-    """How images with features (n, 512) are unlike those that a classifier was trained on.
+def unlikeness(model: LensClassifier, features: Tensor, size: int) -> list[str]:
+    """How images of ``size`` pixels on a side, with features (n, 512), are unlike those of a classifier's training.
 
-    A name of ``kinds`` where it was shown such images, else "unlike"; "" for an image that is like them, and for all
-    where there is no ``calibration``.
+    "another size"; a name of ``kinds`` where it was shown such images, else "unlike"; "" for an image that is like
+    them, and for all where there is no ``calibration``.
     """
     if model.calibration is None:
         return [""] * len(features)
+    if size != model.calibration.pixels:
+        return ["another size"] * len(features)
     features = features.to(model.fc.weight.device)
     far = model.calibration.distance(features) > 1
     if not model.kinds:
@@ -200,6 +204,7 @@ def calibrate(
     least = _LEAST_VARIANCE * variance[-1]
     found.whitening.copy_(directions / variance.clamp_min(least).sqrt())
     like = [features] if faintest is None else [features, classify(model, faintest)[1]]
+    found.pixels.fill_(train.shape[-1])
     found.limit.copy_(max(found.distance(some).quantile(_LIKE) for some in like))
     model.calibration = found.to(model.fc.weight.device)
 

@@ -110,8 +110,9 @@ def test_distances_are_those_of_mahalanobis():
 def test_an_unlike_image_is_called_by_its_kind():
     model = build_classifier(32, ("a", "b"), 1, KINDS).eval()
     features = torch.eye(512)[:3]
-    assert unlikeness(model, features) == ["", "", ""]  # nobody has found out
+    assert unlikeness(model, features, 64) == ["", "", ""]  # nobody has found out
     model.calibration = Calibration()
+    model.calibration.pixels.fill_(64)
     model.calibration.limit.fill_(1)  # distances are 1 / sqrt(512)
     with torch.no_grad():
         model.kind.weight.zero_()
@@ -119,12 +120,13 @@ def test_an_unlike_image_is_called_by_its_kind():
         model.kind.weight[0, 0] = 5
         model.kind.weight[2, 1] = 5
         model.kind.weight[0, 2] = 5
-    assert unlikeness(model, features) == ["", "another scale", ""]
+    assert unlikeness(model, features, 64) == ["", "another scale", ""]
     features[2] *= 100
-    assert unlikeness(model, features) == ["", "another scale", "unlike"]
+    assert unlikeness(model, features, 64) == ["", "another scale", "unlike"]
+    assert unlikeness(model, features, 150) == ["another size"] * 3
     plain = build_classifier(32, ("a", "b")).eval()
     plain.calibration = model.calibration
-    assert unlikeness(plain, features) == ["", "", "unlike"]
+    assert unlikeness(plain, features, 64) == ["", "", "unlike"]
 
 
 # The scripts

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, interpolate
 
 from dataset import NpyDataset, normalize
 from models.classifier import classify, load_classifier, unlikeness
@@ -52,13 +52,14 @@ def test_the_classifier_of_observed_lenses_reads_them_and_knows_what_is_unlike_t
     observed = images.observed(observer_of(images, "euclid")).images
 
     def flagged(shown) -> float:
-        return np.mean([kind != "" for kind in unlikeness(model, classify(model, shown)[1])])
+        return np.mean([kind != "" for kind in unlikeness(model, classify(model, shown)[1], shown.shape[-1])])
 
     assert (classify(model, observed)[0].argmax(1) == images.labels).float().mean() > 0.87
     assert flagged(images.images) < 0.04
     assert flagged(observed) < 0.04
     assert flagged(observed.flip(2)) > 0.95  # upside down
     assert flagged(torch.rand(64, 1, 64, 64)) == 1
+    assert flagged(interpolate(images.images, scale_factor=2.0)) == 1
     assert flagged(normalize(avg_pool2d(observed, 3, 1, 1))) > 0.95  # another PSF
 
 
