@@ -12,6 +12,7 @@ import settings
 from models import flow
 from models.checkpoint import load_checkpoint
 from models.generator import build_untrained, of_today
+from parameters import from_plain, name_of
 from simulate.recipes import MODEL_II
 from train.recipes import RECIPES
 
@@ -99,6 +100,7 @@ def test_a_file_of_weights_has_the_recipe_that_makes_it(path):
     assert ROOT / exported["OUTPUT_PATH"] == path
     card = path.with_suffix(".md").read_text()
     trained = "train_classifier" if "image_size" in content else "train_diffusion"
+    trained = "train_regressor" if "regressor_parameters" in content else trained
     for stem in (trained, "export_weights"):
         assert f"python train/{stem}.py --recipe {path.stem}" in card
     codec = {f"codec.{name}": value for name, value in content.get("codec_state_dict", {}).items()}
@@ -107,11 +109,14 @@ def test_a_file_of_weights_has_the_recipe_that_makes_it(path):
             assert (value.dtype == torch.float16) == fnmatch(name, exported["HALVED"]), name
     script = settings.constants(globals_of(trained)) | recipe[trained]
     assert exported["CHECKPOINT_PATH"].startswith(f"{script['OUTPUT_DIR']}/")
-    if trained == "train_classifier":
+    today = of_today(content)
+    if trained != "train_classifier":
+        told = today.get("regressor_parameters", today["parameters"])
+        assert [of["name"] for of in told] == [name_of(specification) for specification in script["PARAMETERS"]]
+    if trained != "train_diffusion":
         assert content["image_size"] == script["IMAGE_SIZE"]
         return
-    model = build_untrained(script["MODEL_SIZE"], MODEL_II.classes, MODEL_II.image_shape)
-    today = of_today(content)
+    model = build_untrained(script["MODEL_SIZE"], MODEL_II.classes, MODEL_II.image_shape, from_plain(told))
     assert {name: today[name] for name in model.description()} == model.description()
     names = ("NUM_ODE_STEPS", "CFG_SCALE", "SOLVER", "TIME_GRID", "TOLERANCE", "LAST_TIME")
     assert flow.Sampler(**content["sampler"]) == flow.Sampler(*(script[name] for name in names))

@@ -18,9 +18,7 @@ from models.regressor import load_regressor
 from settings import InputError
 from train.recipes import RECIPES
 
-CHECKPOINT_PATH: str = (
-    "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Or a classifier's or regressor's
-)
+CHECKPOINT_PATH: str = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Or of another network
 OUTPUT_PATH: str = "weights/nanodit.safetensors"  # The file to write
 HALVED: str = ""  # Pattern for the names of parameters to store in float16, half as large; "*" for all
 
