@@ -122,6 +122,7 @@ class NpyDataset(Dataset):
             self.root_dir, listing, self._given, on_bad_file, self.cache_dir
         )
         self.image_shape: Shape = self._packed.shape[1:]
+        self._read_before: dict[tuple[tuple[str, ...], bool], dict[str, Column]] = {}  # shared by all parts
         vars(self).update(vars(self.part(split, on_missing_class)))
 
     def part(self, split: str, on_missing_class: str = "raise") -> "NpyDataset":
@@ -166,7 +167,10 @@ class NpyDataset(Dataset):
             InputError: for one that none of these has, of the whole folder, unless ``lenient``.
         """
         files, pickled = self._records["file"].tolist(), self._records["values"]
-        found = read_columns(self.root_dir, files, pickled, tuple(names), lenient)
+        wanted = tuple(names), lenient
+        if wanted not in self._read_before:  # a validation loss asks for the same in every epoch
+            self._read_before[wanted] = read_columns(self.root_dir, files, pickled, *wanted)
+        found = self._read_before[wanted]
         return {name: column._replace(values=column.values[self._keep]) for name, column in found.items()}
 
     def phases(self, parameters: Sequence[Parameter], lenient: bool = False) -> Tensor:

@@ -100,18 +100,11 @@ class Generator(nn.Module):
             "parameters": as_plain(self.lens_parameters),
         }
 
-    def with_network(self, network: nn.Module) -> "Generator":
-        """The same around another network, such as the moving average of this one."""
-        kept = (
-            self.classes,
-            self.image_shape,
-            self.prediction,
-            self.codec,
-            self.sampler,
-            self.scaling,
-            self.lens_parameters,
-        )
-        return Generator(network, *kept).eval()
+    def with_network(self, network: nn.Module, parameters: Sequence[Parameter] | None = None) -> "Generator":
+        """The same around another network, such as the moving average of this one, or one that is told parameters."""
+        told = self.lens_parameters if parameters is None else parameters
+        kept = self.classes, self.image_shape, self.prediction, self.codec, self.sampler, self.scaling
+        return Generator(network, *kept, told).eval()
 
     def with_parameters(self, parameters: Sequence[Parameter]) -> "Generator":
         """The same, whose network can be told parameters, which do nothing before it is trained; itself if it can be
@@ -122,8 +115,7 @@ class Generator(nn.Module):
         given = type(self.network).__name__, config, self.prediction, self.classes, self.image_shape, parameters
         other = _assemble(*given)
         other.network.load_state_dict(self.network.state_dict(), strict=False)
-        kept = self.classes, self.image_shape, self.prediction, self.codec, self.sampler, self.scaling, parameters
-        return Generator(other.network, *kept)
+        return self.with_network(other.network, parameters)
 
     @property
     def device(self) -> torch.device:
