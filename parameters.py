@@ -305,10 +305,13 @@ def _read_table(path: Path, folder: str, files: Sequence[str]) -> dict[str, Colu
     if not (rows >= 0).any():
         first = f"it begins with {names[0]}, the folder with {min(here)}" if names else "it is empty"
         raise InputError(f"{path}: no row is of a file in its folder: {first}")
+    own = rows[rows >= 0]
+    if twice := np.flatnonzero(np.bincount(own) > 1).tolist():
+        raise InputError(f"{path}: has several rows of {files[twice[0]]}, of which only one can be right")
     found = {}
     for name, column in _flat(table).items():
         values = np.full(len(files), np.nan)
-        values[rows[rows >= 0]] = column.values[rows >= 0]
+        values[own] = column.values[rows >= 0]
         found[name] = Column(values, column.unit)
     return found
 

@@ -33,7 +33,7 @@ REPORT_DIR: str = "evaluation"  # Where report.html and report.json go
 FIGURE_PATH: str = "evaluation/lenses.png"  # Picture of real and generated lenses
 INSTRUMENT: Literal[(None, *INSTRUMENTS)] = None  # Looks at noise-free images, real and generated, with this telescope
 PEAK: Positive | None = None  # Counts per second of the brightest pixel, for INSTRUMENT; None takes it from the files
-BESIDE: bool = False  # With INSTRUMENT: scores the images without it, too, in columns beside
+BESIDE: bool = False  # Scores the images without INSTRUMENT, too, in columns of their own
 PIXEL_SCALE: Positive | None = None  # Arcsec a pixel; None takes it from FITS headers or the recipe, or else has pixels
 KEEPS_FLUX: bool | None = None  # Compares sky, peak and flux in the unit of the files, too; None as the checkpoint does
 CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
@@ -68,7 +68,7 @@ def main() -> None:
 
     device = distributed.join(settings.pick_device(DEVICE))
     plots.check_format(FIGURE_PATH)  # now, not after minutes of work
-    check_places()
+    check_settings()
     with distributed.main_first():
         if distributed.is_main():
             hold(REPORT_DIR)
@@ -157,8 +157,11 @@ def knows(model: NpyDataset | Generator, real: NpyDataset) -> bool:
     return known
 
 
-def check_places() -> None:
-    """Raises InputError when the report would be written into a folder that is only to be scored."""
+def check_settings() -> None:
+    """Raises InputError when the report would be written into a folder that is only to be scored, or no instrument is
+    named that images without one are to be beside."""
+    if BESIDE and not INSTRUMENT:
+        raise InputError("BESIDE scores images without an instrument beside those with it: name it, as INSTRUMENT", 2)
     for scored in [Path(path) for path in (GENERATED_DIR, COMPARE_PATH) if path and Path(path).is_dir()]:
         for written in (REPORT_DIR, FIGURE_PATH):
             if scored.resolve() in (Path(written).resolve(), *Path(written).resolve().parents):

@@ -1,7 +1,7 @@
 """The generator of lens images: a network, the codec it works behind, how it is sampled, and what its data was.
 
 from models.generator import load_model, generate_image
-image = generate_image(load_model("weights/component_mlp.safetensors"), "axion")
+image = generate_image(load_model("weights/conditional_mlp.safetensors"), "axion")
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -115,18 +115,36 @@ def test_a_generator_that_is_told_parameters_from_now_on_is_the_same_before_it_l
 # The flow
 
 
-def test_parameters_are_hidden_from_a_share_half_of_which_loses_all():
+OBJECTS = [[[0, 1, 2]], [[3, 4], [5, 6], [7, 8], [9, 10]]]  # a lens and four subhaloes
+
+
+def test_parameters_are_hidden_from_a_share_a_third_of_which_loses_all():
     random = torch.Generator().manual_seed(0)
-    given = torch.rand(40_000, 4)
-    found = flow.hide(given, 0.4, random)
-    lost = found.isnan().sum(1)
+    given = torch.rand(60_000, 11)
+    found = flow.hide(given, OBJECTS, 0.6, random)
     assert torch.equal(found[~found.isnan()], given[~found.isnan()])
-    share = [(lost == n).double().mean().item() for n in range(5)]
-    # A fifth loses all; of a fifth, each is lost with a uniform probability, so that every number is as likely
-    np.testing.assert_allclose(share, [0.6 + 0.04, 0.04, 0.04, 0.04, 0.2 + 0.04], atol=0.01)
-    assert torch.equal(flow.hide(given, 0.0, random), given)
-    unknown = torch.full((10, 3), NAN)
-    assert flow.hide(unknown, 0.5, random).isnan().all()
+    lost = found.isnan()
+    of_lens = [(lost[:, :3].sum(1) == n).double().mean().item() for n in range(4)]
+    # Two fifths lose nothing and a fifth loses all; of the others, each number of the lens's is as likely
+    np.testing.assert_allclose(of_lens, [0.4 + 0.1, 0.1, 0.1, 0.2 + 0.1], atol=0.01)
+    whole = lost[:, 3:].view(-1, 4, 2)
+    many = [(whole.all(2).sum(1) == n).double().mean().item() for n in range(5)]
+    # All four are lost: when all go at once (1/2), one by one (1/5), or each number by itself (1/9)
+    np.testing.assert_allclose(many[4], 0.2 + 0.4 * (1 / 2 + 1 / 5 + 1 / 9) / 3, atol=0.01)
+    in_parts = (whole.any(2) & ~whole.all(2)).any(1).double().mean().item()
+    # Some are known in part only when each number goes by itself, unless all or none of the two of each do
+    p = torch.linspace(0, 1, 10_001, dtype=torch.double)
+    assert in_parts == pytest.approx(0.4 / 3 * (1 - (p**2 + (1 - p) ** 2) ** 4).mean().item(), abs=0.01)
+    assert torch.equal(flow.hide(given, OBJECTS, 0.0, random), given)
+    unknown = torch.full((10, 11), NAN)
+    assert flow.hide(unknown, OBJECTS, 0.5, random).isnan().all()
+
+
+def test_the_source_alone_is_what_some_images_are_trained_with():
+    """Of a lens of whatever substructure; were all numbers hidden alike, one image in 1,500 would be."""
+    found = flow.hide(torch.rand(20_000, 11), OBJECTS, 0.6, torch.Generator().manual_seed(0))
+    alone = ~found[:, :2].isnan().any(1) & found[:, 2:].isnan().all(1)
+    assert alone.double().mean() > 0.004
 
 
 @MODELS

@@ -435,6 +435,13 @@ def test_a_folder_that_is_called_real_is_not_taken_for_the_reference(flags, lens
     assert list(report["lens_fit"]) == list(report["confusion"]) == ["real", str(folder)]
 
 
+def test_images_without_an_instrument_are_beside_those_with_one_only(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_script("evaluate/evaluate_fld.py", *flags, "--beside", "true")
+    assert stopped.value.code == 2
+    assert "name it, as INSTRUMENT" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--report_dir", "--figure_path"])
 def test_nothing_is_written_into_the_folder_that_is_scored(flags, lens_data, tmp_path, capsys, flag):
     folder = foreign_folder(lens_data, tmp_path / "others")

@@ -154,6 +154,7 @@ def test_a_table_fills_what_pickled_files_leave_open(tmp_path):
         ("file,z\na/0.npy,1\n", "no parameter mass of its images; there are z"),
         ("file,mass\nx.npy,1\n", "no row is of a file in its folder: it begins with x.npy, the folder with a/0.npy"),
         ("file,mass\n", "no row is of a file in its folder: it is empty"),
+        ("file,mass\na/0.npy,1\na/1.npy,2\na/1.npy,3\n", "several rows of a/1.npy, of which only one can be right"),
         ("", "is empty"),
         ("file,mass\na,1,2,3\n", "is damaged, or no table"),
         (None, "no parameter mass of its images; no parameters.fits or parameters.csv has columns of numbers"),

@@ -33,7 +33,7 @@ from models import flow
 from models.checkpoint import load_checkpoint
 from models.components import PrincipalComponents
 from models.generator import SIZES, Generator, build_generator, build_untrained, of_today
-from parameters import Parameter, fit, name_of
+from parameters import Parameter, fit, name_of, objects
 from settings import (
     Count,
     Epochs,
@@ -78,7 +78,7 @@ WEIGHT_DECAY: NotNegative = 0.01  # Of AdamW
 ADAM_BETA2: Fraction = 0.999  # Of AdamW; 0.99 for runs of a few thousand steps
 MAX_GRAD_NORM: Positive = 1.0  # Gradients are clipped to this norm
 LABEL_DROPOUT: Fraction = 0.1  # Share of labels hidden in training, with all parameters; guidance needs it
-PARAMETER_DROPOUT: Fraction = 0.5  # Share of images that lose parameters, half of them all: any subset can be given
+PARAMETER_DROPOUT: Fraction = 0.6  # Share of images that lose parameters, a third of them all: any subset serves
 TIME_SAMPLING: Literal["uniform", "logit_normal"] = "uniform"  # "logit_normal" for short runs with PREDICTION = "image"
 TIME_MEDIAN: InnerFraction = 0.69  # Of "logit_normal"; 0.3 for ComponentMLP, whose images are made by the last steps
 TIME_WIDTH: Positive = 0.8  # Likewise; 2 for ComponentMLP
@@ -361,7 +361,8 @@ def draw_condition(
     labels = flow.drop_labels(labels, null_label, LABEL_DROPOUT, random)
     if phases is None:
         return labels
-    known = flow.hide(phases[batch.cpu()].to(labels.device), PARAMETER_DROPOUT, random)
+    phases = phases[batch.cpu()].to(labels.device)
+    known = flow.hide(phases, objects(generator.lens_parameters), PARAMETER_DROPOUT, random)
     return generator.condition(labels, known.masked_fill((labels == null_label)[:, None], math.nan))
 
 
