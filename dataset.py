@@ -51,7 +51,7 @@ from image_files import (  # noqa: F401
     read_stack,
     stem_of,
 )
-from parameters import Column, Parameter, phases, read_columns
+from parameters import TABLES, Column, Parameter, in_unit, phases, read_columns
 from scaling import Scaling
 from settings import InputError
 
@@ -175,8 +175,8 @@ class NpyDataset(Dataset):
 
     def phases(self, parameters: Sequence[Parameter], lenient: bool = False) -> Tensor:
         """The same as networks see them, (n, parameters) float32, NaN where unknown."""
-        columns = self.columns((parameter.name for parameter in parameters), lenient)
-        return phases(parameters, {name: column.values for name, column in columns.items()})
+        columns = self.columns((of.name for of in parameters), lenient)
+        return phases(parameters, {of.name: in_unit(of.name, columns[of.name], of.unit) for of in parameters})
 
     @cached_property
     def identity(self) -> str:
@@ -643,7 +643,7 @@ def _list_files(root: Path, sources: list[_Source], classes: tuple[str, ...]) ->
             for entry in os.scandir(source.path):
                 if entry.is_dir(follow_symlinks=False) and any(map(is_image_file, os.listdir(entry))):
                     print(f"{entry.path}: its images are left out, as only those of {source.path} itself count")
-                elif is_image_file(entry.name):
+                elif is_image_file(entry.name) and entry.name not in TABLES:
                     name = f"{source.name}/{entry.name}"
                     listing.append(source._replace(path=Path(entry.path), name=name, state=_state(entry)))
     if not listing:

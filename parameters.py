@@ -30,10 +30,10 @@ TABLES = ("parameters.fits", "parameters.csv")
 SCALES = ("linear", "log10", "angle")
 _PERIODS = dict.fromkeys(("rad", "radian", "radians"), 2 * math.pi)  # by unit
 _PERIODS |= dict.fromkeys(("deg", "degree", "degrees"), 360.0) | {"arcmin": 360.0 * 60, "arcsec": 360.0 * 3600}
-_MISSING = ("", "NA", "N/A", "n/a", "nan", "NaN", "None", "null", "-", "--")  # cells of a CSV file without a value
+_MISSING = ("", "na", "n/a", "#n/a", "nan", "none", "null", "-", "--")  # cells of a CSV file without a value
 _LOGARITHMIC = 30  # largest over smallest value of a parameter that is told by its logarithm
 _MARGIN = 0.02  # of its range, which the largest value of a training set falls short of by chance
-_LARGEST = 1e30  # value that anybody may ask for
+_LARGEST = 1e30  # phase that anybody may ask for
 _MOST = 1000  # parameters of a checkpoint
 
 
@@ -67,14 +67,20 @@ class Parameter:
     period: float
     classes: tuple[str, ...]
 
+    @property
+    def specification(self) -> str:
+        """Name and scale, as ``fit`` takes them."""
+        turns = round(_PERIODS.get(self.unit.lower(), 2 * math.pi) / self.period) if self.period else 1
+        return f"{self.name}:{self.scale}" + (f"/{turns}" if turns > 1 else "")
+
     def phase(self, values: np.ndarray) -> np.ndarray:
         """Values as the angle that a network sees: once round for a period, half the distance from the mean in standard
-        deviations for others."""
+        deviations for others; NaN for what has no logarithm."""
         if self.scale == "angle":
             return 2 * np.pi / self.period * values
         with np.errstate(invalid="ignore", divide="ignore"):
             scaled = np.log10(values) if self.scale == "log10" else values
-        return (scaled - self.mean) / (2 * self.deviation)
+        return np.where(np.isfinite(scaled), (scaled - self.mean) / (2 * self.deviation), np.nan)[()]
 
     def value(self, phases: np.ndarray) -> np.ndarray:
         """The inverse of ``phase``; angles from 0 to their period."""
@@ -108,14 +114,14 @@ def read_columns(
     for folder in sorted({"", *(name for file in files for name in _folders_of(file))}):
         for table in TABLES:
             if (path := root / folder / table).is_file():
-                _merge(known, _read_table(path, folder, files), len(files))
+                _merge(known, _read_table(path, folder, files, names, lenient), len(files))
     if missing := [name for name in names if name not in known]:
         known |= _read_headers(root, files, missing)
     missing = [name for name in names if name not in known]
     if missing and not lenient:
         near = sorted(known, key=lambda name: -SequenceMatcher(None, name, missing[0]).ratio())
         there = f"there are {_some(near)}" if known else f"no {' or '.join(TABLES)} has columns of numbers"
-        raise InputError(f"{root}: no parameter {', '.join(missing)} of its images; {there}", 2)
+        raise InputError(f"{root}: no parameter {_some(missing)} of its images; {there}", 2)
     unknown = Column(np.full(len(files), np.nan))
     return {name: known.get(name, unknown) for name in names}
 
@@ -143,8 +149,8 @@ def fit(specifications: Sequence[str], columns: Mapping[str, Column], of_classes
         period = 0.0
         if scale.startswith("angle"):
             whole = _PERIODS.get(unit.lower(), 2 * math.pi)
-            if unit.lower() not in _PERIODS and np.abs(some).max() > 1.001 * whole:
-                raise InputError(f"parameter {name}: up to {some.max():g} without a unit of angles, such as [deg]", 2)
+            if unit.lower() not in _PERIODS and (largest := np.abs(some).max()) > 1.001 * whole:
+                raise InputError(f"parameter {name}: up to {largest:g} without a unit of angles, such as [deg]", 2)
             period, scale = whole / float(scale.partition("/")[2] or 1), "angle"
         if scale == "log10" and some.min() <= 0:
             raise InputError(f"parameter {name}: has a value of {some.min():g}, which has no logarithm", 2)
@@ -152,7 +158,7 @@ def fit(specifications: Sequence[str], columns: Mapping[str, Column], of_classes
         mean, deviation = (0.0, 1.0) if scale == "angle" else (float(scaled.mean()), float(scaled.std()))
         if not math.isfinite(deviation):
             raise InputError(f"parameter {name}: its values, up to {some.max():g}, are too large", 2)
-        if deviation <= 1e-12 * abs(mean):
+        if deviation <= 1e-12 * abs(mean) or (some == some[0]).all():
             raise InputError(f"parameter {name}: is {some[0]:g} in every training image", 2)
         classes = tuple(sorted({of for of, there in zip(of_classes, known.tolist(), strict=True) if there}))
         low, high = float(some.min()), float(some.max())
@@ -160,9 +166,37 @@ def fit(specifications: Sequence[str], columns: Mapping[str, Column], of_classes
     return found
 
 
+def are_of(specifications: Sequence[str], parameters: Sequence[Parameter]) -> bool:
+    """Whether specifications are of these parameters, in the same order, and of their scales where they name any."""
+    known = [of.specification.partition(":")[::2] for of in parameters]
+    told = [_parse(specification) for specification in specifications]
+    return len(told) == len(known) and all(
+        name == of and scale in ("", own) for (name, scale), (of, own) in zip(told, known, strict=True)
+    )
+
+
 def name_of(specification: str) -> str:
     """The name in front of the scale."""
     return _parse(specification)[0]
+
+
+def in_unit(name: str, column: Column, unit: str) -> np.ndarray:
+    """Values of a column in a unit; as they are where either unit is not known.
+
+    Raises:
+        InputError: for units of different things, or one that nobody knows.
+    """
+    values, own = column
+    if not (own and unit) or own.lower() == unit.lower():
+        return values
+    if own.lower() in _PERIODS and unit.lower() in _PERIODS:
+        return values * (_PERIODS[unit.lower()] / _PERIODS[own.lower()])
+    from astropy.units import Unit  # here, since it takes a second and few need it
+
+    try:
+        return Unit(own).to(Unit(unit), values)
+    except (ValueError, TypeError):
+        raise InputError(f"parameter {name}: is in {own}, and in {unit} elsewhere", 2) from None
 
 
 def phases(parameters: Sequence[Parameter], columns: Mapping[str, np.ndarray]) -> Tensor:
@@ -173,16 +207,21 @@ def phases(parameters: Sequence[Parameter], columns: Mapping[str, np.ndarray]) -
 def objects(parameters: Sequence[Parameter]) -> list[list[list[int]]]:
     """Which parameters belong together, by their numbers: for each kind of objects, for each of these, its parameters.
 
-    Those of a number, as in subhalo_mass_3 and subhalo_x_3, are of one object; the others are of the lens.
+    Those of a name and number, as subhalo_x_3 and subhalo_y_3, are of one object if it has a mass, subhalo_mass_3; the
+    others, such as gamma_1 and gamma_2, are of the lens, where each has a meaning of its own.
     """
-    found: dict[str, dict[str, int]] = {}
-    for i, parameter in enumerate(parameters):
-        stem, number = re.fullmatch(r"(.*?)(_\d+)?", parameter.name).groups()
-        found.setdefault(number or "", {})[stem] = i
+    names = [parameter.name for parameter in parameters]
+    masses = {match[1] for name in names if (match := re.fullmatch(r"(.*)mass_\d+", name))}
+    found: dict[tuple[str, ...], dict[str, int]] = {}
+    for i, name in enumerate(names):
+        of_mass = [match for of in masses if (match := re.fullmatch(rf"({re.escape(of)})(.*)_(\d+)", name))]
+        kind, quantity, number = max(of_mass, key=lambda match: len(match[1])).groups() if of_mass else ("", name, "")
+        found.setdefault((kind, number), {})[quantity] = i
     kinds: dict[tuple[str, ...], list[list[int]]] = {}
-    for number, of_object in found.items():
-        stems = tuple(sorted(of_object))
-        kinds.setdefault((*stems, "") if not number else stems, []).append([of_object[stem] for stem in stems])
+    for (kind, number), of_object in found.items():
+        quantities = sorted(of_object)
+        same = (kind, *quantities) if number else ()
+        kinds.setdefault(same, []).append([of_object[quantity] for quantity in quantities])
     return list(kinds.values())
 
 
@@ -208,12 +247,15 @@ def asked(
             raise InputError(f"no parameter {key!r}: {known}")
         parameter = next(of for of in parameters if of.name == key)
         try:
-            values = np.asarray(values, np.float64)
+            if hasattr(values, "to_value"):  # with a unit of astropy's
+                values = values.to_value(parameter.unit)
+            if np.iscomplexobj(values):
+                raise TypeError
+            values = np.ma.filled(np.ma.asarray(values).astype(np.float64), np.nan)
             columns[key][:] = values
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise InputError(f"parameter {key}: neither a number nor {count} of them, one for each image") from None
-        impossible = np.abs(values) > _LARGEST
-        impossible |= (parameter.scale == "log10") & (values <= 0)
+        impossible = ~(np.abs(parameter.phase(values)) <= _LARGEST) & ~np.isnan(values)
         if impossible.any():
             raise InputError(f"parameter {key}: {values[impossible].flat[0]:g} cannot be; it is {parameter}")
         _warn_outside(parameter, columns[key], name)
@@ -278,13 +320,22 @@ def _folders_of(file: str) -> list[str]:
 
 def _merge(known: dict[str, Column], table: dict[str, Column], count: int) -> None:
     """Adds the columns of a table, whose values count before those that are there."""
-    for name, (values, unit) in table.items():
+    for name, column in table.items():
         before = known.get(name, Column(np.full(count, np.nan)))
-        known[name] = Column(np.where(np.isfinite(values), values, before.values), unit or before.unit)
+        unit = before.unit or column.unit
+        values = in_unit(name, column, unit)
+        known[name] = Column(np.where(np.isfinite(values), values, before.values), unit)
 
 
-def _read_table(path: Path, folder: str, files: Sequence[str]) -> dict[str, Column]:
-    """Columns of a table for files, some of which may not be in it."""
+def _read_table(
+    path: Path, folder: str, files: Sequence[str], wanted: Sequence[str], lenient: bool
+) -> dict[str, Column]:
+    """Columns of a table for files, some of which may not be in it.
+
+    Raises:
+        InputError: for one that is damaged, or of other images, unless ``lenient``, or has no numbers of a ``wanted``
+            name.
+    """
     from astropy.table import Table  # here, since it takes a second and few need it
 
     try:
@@ -304,12 +355,17 @@ def _read_table(path: Path, folder: str, files: Sequence[str]) -> dict[str, Colu
     rows = np.array([here.get(name, alone.get(name, -1)) for name in names], np.int64)
     if not (rows >= 0).any():
         first = f"it begins with {names[0]}, the folder with {min(here)}" if names else "it is empty"
-        raise InputError(f"{path}: no row is of a file in its folder: {first}")
+        problem = f"{path}: no row is of a file in its folder: {first}"
+        if not lenient:
+            raise InputError(problem)
+        print(problem)
+        return {}
     own = rows[rows >= 0]
     if twice := np.flatnonzero(np.bincount(own) > 1).tolist():
         raise InputError(f"{path}: has several rows of {files[twice[0]]}, of which only one can be right")
+    _check_numbers(table, path, wanted)
     found = {}
-    for name, column in _flat(table).items():
+    for name, column in _flat(table, path).items():
         values = np.full(len(files), np.nan)
         values[own] = column.values[rows >= 0]
         found[name] = Column(values, column.unit)
@@ -323,7 +379,8 @@ def _read_csv(path: Path) -> Any:
     text = path.read_text("utf-8-sig")
     head = text.lstrip().partition("\n")[0]
     delimiter = max(",;\t", key=head.count)
-    fill = [(missing, "0") for missing in _MISSING]  # the cell is masked, whatever it is filled with
+    cases = {case(missing) for missing in _MISSING for case in (str.lower, str.upper, str.capitalize)} | {"NaN"}
+    fill = [(missing, "0") for missing in cases]  # the cell is masked, whatever it is filled with
     return text_tables.read(text.splitlines(), format="csv", delimiter=delimiter, fill_values=fill)
 
 
@@ -338,16 +395,36 @@ def _names_in(table: Any, path: Path) -> list[str]:
     return [str(name).strip().replace("\\", "/").removeprefix("./") for name in files]
 
 
-def _flat(table: Any) -> dict[str, Column]:
+def _name_and_unit(title: str) -> tuple[str, str]:
+    """Of the title of a column, as "mass [solMass]" or "theta_E (arcsec)"."""
+    name, square, round_ = re.fullmatch(r"\s*(.*?)\s*(?:\[([^\[\]]*)\]|\s\(([^()]*)\))?\s*", title).groups()
+    return name, square or round_ or ""
+
+
+def _check_numbers(table: Any, path: Path, wanted: Sequence[str]) -> None:
+    """Raises InputError for a column of a wanted name that holds anything but numbers, with the first such cell."""
+    for key in table.colnames:
+        if _name_and_unit(key)[0] in wanted and table[key].dtype.kind not in "iufb":
+            for row, cell in enumerate(map(str, table[key])):
+                try:
+                    float(cell)
+                except ValueError:
+                    raise InputError(f"{path}: {key} of row {row + 1} is {cell!r}, which is no number", 2) from None
+
+
+def _flat(table: Any, path: Path) -> dict[str, Column]:
     """The columns of numbers of a table, each of one number a row; see the top of this file."""
     found, many = {}, {}
     for key in table.colnames:
         column = table[key]
-        if key == "index" or column.dtype.kind not in "iufb" or column.ndim > 3:
+        counts = key == "index" and "class" in table.colnames  # the images of a class, in a table of simulate/
+        if counts or column.dtype.kind not in "iufb" or column.ndim > 3:
             continue
-        name, bracketed = re.fullmatch(r"\s*(.*?)\s*(?:[\[(](.*)[\])])?\s*", key).groups()
+        name, bracketed = _name_and_unit(key)
+        if name in found or name in many:
+            raise InputError(f"{path}: has two columns {name}")
         values = np.ma.filled(np.ma.masked_array(column, dtype=np.float64), np.nan)
-        unit = str(column.unit or bracketed or "")
+        unit = str(column.unit or bracketed)
         parts = {name: values}
         if name.endswith("_xy") and values.ndim > 1 and values.shape[-1] == 2:
             parts = {name.removesuffix("xy") + axis: values[..., i] for i, axis in enumerate("xy")}

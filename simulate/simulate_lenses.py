@@ -58,6 +58,8 @@ def main() -> None:
     others = {"MODEL": (MODEL, "II"), "NOISE": (NOISE, "published"), "COSMO": (COSMOLOGY, "WMAP9")}
     others |= {"AS_PUBL": (AS_PUBLISHED, False), "GALAXIES": (GALAXIES_PATH and Path(GALAXIES_PATH).name, None)}
     table.meta |= {name: value for name, (value, usual) in others.items() if value != usual}
+    if AS_PUBLISHED:  # their names are not those that class and index say
+        table["file"] = [str(image_path(folder, row, recipe, True).relative_to(folder)) for row in table]
     reserve_folder(folder, table, recipe, AS_PUBLISHED)
     todo = [row for row in table if not image_path(folder, row, recipe, AS_PUBLISHED).exists()]
     workers = min(NUM_WORKERS or usable_cores(), max(len(todo), 1))

@@ -235,7 +235,10 @@ def test_published_files_are_pickled_pairs_and_plain_arrays_that_are_read_back(s
         np.testing.assert_allclose(read, other, atol=1e-6)
         if model == "II":  # in the units of the published code
             np.testing.assert_allclose(image, 2 * 10**1.6 * by_hand("II", row), atol=1e-4 * image.max())
-    assert NpyDataset(folder).counts() == dict.fromkeys(CLASSES, 2)
+    images = NpyDataset(folder)
+    assert images.counts() == dict.fromkeys(CLASSES, 2)
+    sources = dict(zip(images.files, images.columns(["source_x"])["source_x"].values, strict=True))
+    assert sources == {f"{of['class']}/{of['class']}_sim_{of['index']}.npy": of["source_xy"][0] for of in table}
 
 
 def test_published_files_of_model_ii_are_as_bright_as_the_published_ones(simulate):

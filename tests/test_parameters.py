@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from astropy import units
 from astropy.io import fits
 from astropy.table import Table
 
@@ -66,8 +67,9 @@ def test_a_csv_names_files_by_path_or_by_name_alone_and_may_lack_values(tmp_path
         "\ufefffile;z\r\na/0.npy;1.5\r\nb/0.npy;NA\r\n",
         "file\tz\n./a/0.npy\t1.5\nb\\0.npy\tN/A\n",
         'z , File\n1.5, "a/0.npy"\n-- , b/0.npy\n',
+        "file,z\na/0.npy,1.5\nb/0.npy,NULL\n",
     ],
-    ids=["semicolons, a byte order mark and Windows", "tabs and other paths", "spaces, quotes and another order"],
+    ids=["semicolons, a byte order mark and Windows", "tabs and other paths", "spaces and quotes", "as of a database"],
 )
 def test_a_csv_is_read_as_people_write_it(text, tmp_path):
     write_images(tmp_path, ["a/0.npy", "b/0.npy"])
@@ -84,6 +86,60 @@ def test_a_table_of_the_training_images_alone_leaves_the_others_unknown(tmp_path
     with pytest.raises(InputError, match="no parameter q"):
         images.columns(["q"])
     assert np.isnan(images.columns(["q"], lenient=True)["q"].values).all()
+
+
+def test_tables_of_different_units_are_converted_or_one_line(tmp_path):
+    write_images(tmp_path, ["train/a/0.npy", "val/a/0.npy", "test/a/0.npy"])
+    for split, unit in {"train": "deg", "val": "rad", "test": "degrees"}.items():
+        (tmp_path / split / "parameters.csv").write_text(f"file,phi [{unit}],m [solMass]\na/0.npy,1.5,2\n")
+    images = NpyDataset(tmp_path, on_missing_class="go_on")
+    found = images.columns(["phi"])["phi"]
+    in_degrees = dict(zip(images.files, np.degrees(found.values) if found.unit == "rad" else found.values, strict=True))
+    expected = {"train/a/0.npy": 1.5, "val/a/0.npy": np.degrees(1.5), "test/a/0.npy": 1.5}
+    assert in_degrees == pytest.approx(expected)
+    (tmp_path / "val" / "parameters.csv").write_text("file,phi [deg],m [kg]\na/0.npy,1.5,1\n")
+    images = NpyDataset(tmp_path, on_missing_class="go_on")
+    in_kg = dict(zip(images.files, (of := images.columns(["m"])["m"]).values, strict=True))
+    assert in_kg["val/a/0.npy"] / in_kg["train/a/0.npy"] == pytest.approx(1 / (2 * 1.988e30), rel=1e-3), of.unit
+    for unit in ("s", "furlongs per"):
+        (tmp_path / "val" / "parameters.csv").write_text(f"file,phi,m [{unit}]\na/0.npy,1.5,1\n")
+        with pytest.raises(InputError, match=f"parameter m: is in .*{unit}"):
+            NpyDataset(tmp_path, on_missing_class="go_on").columns(["m"])
+
+
+def test_values_reach_a_network_in_the_unit_it_was_trained_in(tmp_path):
+    write_images(tmp_path, ["a/0.npy", "a/1.npy"])
+    (tmp_path / "parameters.csv").write_text("file,x [mas],phi [deg],q\na/0.npy,250,180,0.5\na/1.npy,500,90,1\n")
+    known = [
+        parameter(name="x", unit="arcsec"),
+        parameter("angle", name="phi", unit="rad", mean=0.0, deviation=1.0, period=2 * np.pi),
+        parameter(name="q", unit="any"),
+    ]
+    np.testing.assert_allclose(NpyDataset(tmp_path).phases(known), [[-0.5, np.pi, 0], [0, np.pi / 2, 1]], atol=1e-6)
+
+
+def test_titles_of_columns_have_a_name_of_their_own(tmp_path):
+    write_images(tmp_path, ["a/0.npy"])
+    (tmp_path / "parameters.csv").write_text("file,log(M200),log(c) [dex],theta_E (arcsec),index\na/0.npy,1,2,3,4\n")
+    columns = NpyDataset(tmp_path).columns(["log(M200)", "log(c)", "theta_E", "index"])
+    found = {name: (column.values[0], column.unit) for name, column in columns.items()}
+    assert found == {"log(M200)": (1, ""), "log(c)": (2, "dex"), "theta_E": (3, "arcsec"), "index": (4, "")}
+    (tmp_path / "parameters.csv").write_text("file,mass [kg],mass [solMass]\na/0.npy,1,2\n")
+    with pytest.raises(InputError, match="has two columns mass"):
+        NpyDataset(tmp_path).columns(["mass"])
+
+
+def test_a_table_in_a_class_folder_is_no_image(tmp_path):
+    write_images(tmp_path, ["a/0.npy", "b/0.npy"])
+    Table({"file": ["0.npy"], "z": [1.5]}).write(tmp_path / "a" / "parameters.fits")
+    same(values_of(tmp_path, "z"), {"a/0.npy": [1.5], "b/0.npy": [np.nan]})
+
+
+def test_a_table_of_other_images_is_said_and_left_out_where_nothing_is_trained(tmp_path, capsys):
+    write_images(tmp_path, ["a/0.npy"])
+    (tmp_path / "parameters.csv").write_text("H0,Om0\n70,0.3\n")
+    assert np.isnan(NpyDataset(tmp_path).columns(["z"], lenient=True)["z"].values).all()
+    assert "no row is of a file in its folder: it begins with 70" in capsys.readouterr().out
 
 
 def test_headers_of_different_units_are_one_line(tmp_path):
@@ -154,6 +210,8 @@ def test_a_table_fills_what_pickled_files_leave_open(tmp_path):
         ("file,z\na/0.npy,1\n", "no parameter mass of its images; there are z"),
         ("file,mass\nx.npy,1\n", "no row is of a file in its folder: it begins with x.npy, the folder with a/0.npy"),
         ("file,mass\n", "no row is of a file in its folder: it is empty"),
+        ("file,mass\na/0.npy,1\na/1.npy,unknown\n", "mass of row 2 is 'unknown', which is no number"),
+        ('file;mass\na/0.npy;"0,5"\na/1.npy;NULL\n', "mass of row 1 is '0,5', which is no number"),
         ("file,mass\na/0.npy,1\na/1.npy,2\na/1.npy,3\n", "several rows of a/1.npy, of which only one can be right"),
         ("", "is empty"),
         ("file,mass\na,1,2,3\n", "is damaged, or no table"),
@@ -183,6 +241,7 @@ def test_phases_are_half_the_deviations_from_the_mean_and_angles_go_once_round()
     angle = parameter("angle", mean=0.0, deviation=1.0, period=180.0)
     np.testing.assert_allclose(linear.phase(np.array([0.5, 1.0, np.nan])), [0, 1, np.nan])
     np.testing.assert_allclose(logarithmic.phase(np.array([1e-23, 1e-22, 1e-24])), [0, 1, -1], atol=1e-12)
+    assert np.isnan(logarithmic.phase(np.array([0.0, -1.0]))).all()  # unknown: no network sees infinities
     np.testing.assert_allclose(angle.phase(np.array([0.0, 90.0, 180.0])), [0, np.pi, 2 * np.pi])
     random = np.random.default_rng(0).uniform(0.01, 0.99, 100)
     for of, values in ((linear, random), (logarithmic, 10 ** (random - 23)), (angle, 180 * random)):
@@ -226,11 +285,18 @@ def test_parameters_that_cannot_be_are_one_line(specification, values, fault):
 
 
 def test_parameters_of_one_number_are_of_one_object_and_objects_of_a_kind_are_together():
-    names = ("source_x", "halo_mass_1", "halo_x_1", "disc_r_1", "halo_mass_2", "halo_x_2", "mass_total", "v1")
+    names = ("source_x", "halo_mass_1", "halo_x_1", "halo_r_1", "halo_mass_2", "halo_x_2", "mass_total", "v1")
     found = objects([parameter(name=name) for name in names])
-    assert found == [[[6, 0, 7]], [[3, 1, 2]], [[4, 5]]]
+    assert found == [[[6, 0, 7]], [[1, 3, 2]], [[4, 5]]]
     names = ("halo_mass_1", "halo_x_1", "halo_x_2", "halo_mass_2")
     assert objects([parameter(name=name) for name in names]) == [[[0, 1], [3, 2]]]
+
+
+def test_numbers_without_a_mass_have_a_meaning_of_their_own():
+    """gamma_1 and gamma_2 are no two objects of a kind, which could change places."""
+    names = ("gamma_1", "gamma_2", "halo_mass_1", "halo_mass_2", "centre_0", "centre_1")
+    assert objects([parameter(name=name) for name in names]) == [[[4, 5, 0, 1]], [[2], [3]]]
+    assert objects([parameter(name=name) for name in ("mass_1", "x_1", "mass_2", "x_2")]) == [[[0, 1], [2, 3]]]
 
 
 def test_parameters_travel_as_plain_values():
@@ -271,6 +337,10 @@ def test_what_is_asked_for_is_a_number_or_one_for_each_image():
         ({"x": float("inf")}, "parameter x: inf cannot be; it is x, -1 to 1 arcsec"),
         ({"mass": [np.nan, -1e-23]}, "parameter mass: -1e-23 cannot be"),
         ({"x": 1e300}, "parameter x: 1e+300 cannot be"),
+        ({"x": 10**400}, "parameter x: neither a number"),
+        ({"x": 1j}, "parameter x: neither a number"),
+        ({"x": [1j, 0]}, "parameter x: neither a number"),
+        ({"x": 3 * units.s}, "parameter x: neither a number"),
         (3, "parameters 3: values by name"),
     ],
 )
@@ -280,6 +350,17 @@ def test_what_cannot_be_asked_for_is_one_line_with_names_and_units(given, fault)
     assert fault in str(error.value)
     with pytest.raises(InputError, match="it was trained without any"):
         asked([], {"x": 1}, 1, "a")
+
+
+def test_what_is_asked_for_may_have_units_or_be_masked_and_large(recwarn):
+    assert asked(KNOWN, {"x": 500 * units.mas}, 1, "a")["x"] == [0.5]
+    masked = np.ma.masked_array([0.5, 0.9], [False, True])
+    np.testing.assert_equal(asked(KNOWN, {"x": masked}, 2, "a")["x"], [0.5, np.nan])
+    heavy = parameter("log10", name="m", unit="kg", low=1e41, high=1e43, mean=42.0)
+    assert asked([heavy], {"m": 1e42}, 1, "a")["m"] == [1e42]
+    for nothing in (None, [None, np.nan]):
+        assert np.isnan(asked(KNOWN, {"x": nothing}, 2, "a")["x"]).all()
+    assert not recwarn
 
 
 @pytest.mark.parametrize(
