@@ -12,7 +12,9 @@ REPORT_DIR/report.json and REPORT_DIR/report.html, and prints a table with a ver
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed
@@ -24,6 +26,9 @@ from models.generator import Generator, generate_image, load_model  # noqa: F401
 from scaling import Scaling
 from settings import Count, Guidance, InputError, Positive, Splits, Steps, Whole
 from simulate.instrument import INSTRUMENTS, Observer, observers_of
+
+if TYPE_CHECKING:
+    from models.regressor import LensRegressor
 
 DATA_DIR: str = "data"  # Folder with a folder of images for each class: its test images are the reference
 REAL_DIR: str | None = None  # Another such folder of real images, in its place
@@ -41,7 +46,7 @@ CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained h
 )
 COMPARE_PATH: str | None = None  # A second checkpoint, or folder of images, to be scored in columns beside the first
 CLASSIFIER_PATH: str | None = None  # Gives the lens features; None likewise, with INSTRUMENT one that knows noise
-REGRESSOR_PATH: str = settings.first_there(  # Reads parameters off images, where the generator knows any, likewise
+REGRESSOR_PATH: str | None = settings.first_there(  # Reads parameters off images; None measures emulation alone
     "regressor_training_resnet18/regressor_ckpts/resnet18_best.pt", "weights/resnet18_regressor.safetensors"
 )
 INCEPTION_WEIGHTS_PATH: str | None = None  # File of its weights, for a machine without network
@@ -64,7 +69,6 @@ def main() -> None:
     from metrics.obedience import obedience
     from metrics.score import Reference, check_match, fewest, half_size
     from models.classifier import default_classifier, load_classifier
-    from models.regressor import load_regressor
 
     device = distributed.join(settings.pick_device(DEVICE))
     plots.check_format(FIGURE_PATH)  # now, not after minutes of work
@@ -81,7 +85,7 @@ def main() -> None:
     found = [open_folder_or_checkpoint(path, real.classes) for path in paths]
     check_match(real, {path: classifier, **dict(zip(paths, found, strict=True))})
     knowing = [knows(model, real) for model in found]
-    regressor = load_regressor(REGRESSOR_PATH, device) if any(knowing) else None
+    regressor = regressor_of(real, device) if any(knowing) else None
     outputs = (OUTPUT_DIR, f"{OUTPUT_DIR.rstrip('/')}_compared")
     to_score = [
         folder if isinstance(folder, NpyDataset) else prepare(folder, path, output)
@@ -155,6 +159,19 @@ def knows(model: NpyDataset | Generator, real: NpyDataset) -> bool:
     if not known:
         print("Nothing is asked for by its parameters: no table says those of the real images")
     return known
+
+
+def regressor_of(real: NpyDataset, device: torch.device) -> "LensRegressor | None":
+    """What reads the parameters of such images, if anything does."""
+    from models.regressor import load_regressor  # here: see above
+
+    if REGRESSOR_PATH is None:
+        return None
+    regressor = load_regressor(REGRESSOR_PATH, device)
+    if regressor.channels != real.image_shape[0]:
+        print(f"{REGRESSOR_PATH} is left out: it reads images of {regressor.channels} channels")
+        return None
+    return regressor
 
 
 def check_settings() -> None:

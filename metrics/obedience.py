@@ -4,6 +4,7 @@ The test images say what to ask for. Each is drawn anew from its class and its p
 image itself, pixel by pixel (emulation) and by what a regressor reads off both (recovery).
 """
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr, wasserstein_distance
+from scipy.stats import circstd, spearmanr, wasserstein_distance
 from torch import Tensor
 
 from dataset import NpyDataset, some_of_each_class
@@ -20,6 +21,7 @@ from models.generator import Generator
 from models.regressor import LensRegressor, Recovery
 from settings import InputError
 from simulate.instrument import INSTRUMENTS, observer_of
+from simulate.recipes import origin_of, recipe_of
 
 _SWEPT, _STEPS = 30, 7  # lenses that a parameter is swept of, and values that it takes
 _FEWEST = 20  # images whose free parameters are compared
@@ -37,7 +39,8 @@ def obedience(
 ) -> dict[str, Any]:
     """Everything that the report says of a generator with parameters, by ``count`` test images of each class.
 
-    By the generator's own sampler unless another one is given.
+    By the generator's own sampler unless another one is given. Images are compared in the unit of the data, or,
+    where no flux is kept, as they fill [0, 1].
 
     Returns:
         "emulation", by class: RMS over peak of the difference to the very lens that was asked for, with all that is
@@ -49,14 +52,18 @@ def obedience(
     """
     index = some_of_each_class(test.labels, count, seed)
     labels, asked = test.labels[index], test.phases(model.lens_parameters, lenient=True)[index]
-    real = test.read(index)
+    scaled = copy.copy(test)
+    scaled.scaling = model.scaling
+    real = model.scaling.undo(scaled.read(index))
 
     def draw(labels: Tensor, phases: Tensor | None, first: int = 0) -> Tensor:
-        return model.generate(labels, sampler, seed, batch_size, first, phases)
+        return model.scaling.undo(model.generate(labels, sampler, seed, batch_size, first, phases))
 
     given, free = draw(labels, asked), draw(labels, None, len(labels))
-    errors = _rms(given - real) / _peak(real)
-    found = {"emulation": _emulation(test, index, real, errors, _rms(free - real) / _peak(real)), "errors": {}}
+    faintest, brightest = real.amin((1, 2, 3), keepdim=True), real.amax((1, 2, 3), keepdim=True)
+    given, free, real = ((images - faintest) / (brightest - faintest) for images in (given, free, real))
+    errors = _rms(given - real)
+    found = {"emulation": _emulation(test, index, errors, _rms(free - real)), "errors": {}}
     for label, name in enumerate(test.classes):
         found["errors"][name] = errors[labels == label].numpy()
     worst = errors.argsort(descending=True)[:WORST]
@@ -71,11 +78,11 @@ def obedience(
     return found
 
 
-def _emulation(test: NpyDataset, index: Tensor, real: Tensor, errors: Tensor, of_class: Tensor) -> dict[str, Any]:
+def _emulation(test: NpyDataset, index: Tensor, errors: Tensor, of_class: Tensor) -> dict[str, Any]:
     """Errors by class, beside those of a lens of the same class and the noise of telescopes."""
     noises = {}
-    for instrument in INSTRUMENTS:
-        with suppress(InputError):  # of images whose brightness or pixels nobody knows
+    for instrument in INSTRUMENTS if recipe_of(*origin_of(test)) else ():  # else nobody knows how bright they are
+        with suppress(InputError):  # of images that have noise
             observers = (observer_of(test, instrument, seed=seed) for seed in (0, 1))
             looks = [test.observed(observer).read(index) for observer in observers]
             noises[instrument] = _rms(looks[0] - looks[1]) / 2**0.5
@@ -102,13 +109,15 @@ def _conditionals(
         here = np.isin(labels, [label for label, name in enumerate(model.classes) if name in of.classes])
         if {*of.classes} >= {*model.classes} or here.sum() < _FEWEST:
             continue
-        distance = _circular if of.scale == "angle" else wasserstein_distance
+        distance, deviation = (_circular, circstd) if of.scale == "angle" else (wasserstein_distance, np.std)
+        if not (spread := deviation(real[here, i])) > 0:
+            continue
         values = {
             "value": distance(generated[here, i], real[here, i]),
             # Of halves, whose distance is by a root of two larger than that of all would be
             "floor": distance(real[here & even, i], real[here & ~even, i]) / 2**0.5,
         }
-        found[of.name] = {name: float(value / real[here, i].std()) for name, value in values.items()}
+        found[of.name] = {name: float(value / spread) for name, value in values.items()}
     return found
 
 
@@ -127,11 +136,16 @@ def _order(
             continue
         lenses = lenses[:: math.ceil(len(lenses) / _SWEPT)]
         grid = torch.linspace(*asked[lenses, place].aminmax(), _STEPS)
-        phases = asked[lenses].repeat_interleave(_STEPS, 0)
-        phases[:, place] = grid.repeat(len(lenses))
-        images = draw(labels[lenses].repeat_interleave(_STEPS), phases)
-        read = regressor.read(images)[:, read_at].view(len(lenses), _STEPS)
-        found[of.name] = float(np.mean([spearmanr(grid, row).statistic for row in read]))
+        if grid[0] == grid[-1]:
+            continue
+        read = []
+        for value in grid:  # from the same noise
+            phases = asked[lenses].clone()
+            phases[:, place] = value
+            read.append(regressor.read(draw(labels[lenses], phases))[:, read_at])
+        read = torch.stack(read, 1)
+        alike = read.amax(1) == read.amin(1)  # without any rank
+        found[of.name] = sum(spearmanr(grid, row).statistic for row in read[~alike]) / len(read)
     return found
 
 
@@ -148,10 +162,6 @@ def _circular(first: np.ndarray, second: np.ndarray) -> float:
 
 def _rms(images: Tensor) -> Tensor:
     return images.square().mean((1, 2, 3)).sqrt()
-
-
-def _peak(images: Tensor) -> Tensor:
-    return images.amax((1, 2, 3)).clamp_min(1e-6)
 
 
 def _root_mean_square(values: Tensor) -> float:

@@ -109,16 +109,19 @@ class Recovery:
     def table(self) -> dict[str, dict[str, Any]]:
         """R^2, bias and scatter of each parameter; those of its logarithm where that is its scale.
 
-        R^2 of an angle is that of its cosine and sine.
+        R^2 of an angle is that of its cosine and sine. Those that are the same in all images, or known of fewer than
+        ten, are left out.
         """
         found = {}
         for i, of in enumerate(self.parameters):
             if np.isfinite(self.asked[:, i]).sum() < _FEWEST:
                 continue
             squared, spread, difference = self._errors(i)
+            if spread == 0:
+                continue
             unit = f"log10 {of.unit}".strip() if of.scale == "log10" else of.unit
-            r2 = 1 - squared.mean() / spread if spread > 0 else float("nan")
-            found[of.name] = {"r2": float(r2), "bias": float(difference.mean()), "scatter": float(difference.std())}
+            r2, bias, scatter = 1 - squared.mean() / spread, difference.mean(), difference.std()
+            found[of.name] = {"r2": float(r2), "bias": float(bias), "scatter": float(scatter)}
             found[of.name] |= {"unit": unit, "count": len(squared)}
         return found
 

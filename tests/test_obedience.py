@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 from conftest import run_script
 from test_parameters import parameter
 
-from dataset import NpyDataset
+from dataset import NpyDataset, some_of_each_class
+from evaluate import evaluate_fld
 from metrics.obedience import _circular, obedience
 from models.regressor import LensRegressor, Recovery, build_regressor, load_regressor, phases_of
+from scaling import Scaling
 from settings import InputError
 
 X, ANGLE = (
@@ -54,7 +57,7 @@ class Reader:
 class Drawer:
     """A generator that draws what it is asked for, and what it is not asked for as in the data, or as ``how`` says."""
 
-    classes, lens_parameters, how = ("a", "b"), ALL, "right"
+    classes, lens_parameters, how, scaling = ("a", "b"), ALL, "right", Scaling()
 
     def __init__(self, how="right"):
         self.how = how
@@ -130,6 +133,71 @@ def test_errors_are_root_mean_squares_over_the_peak(drawn):
     found = obedience(Off(), None, drawn, 50, 0, 128)
     assert found.keys() == {"emulation", "errors", "worst"}
     assert found["emulation"]["b"]["given"] == pytest.approx(0.02, rel=1e-3)
+
+
+def test_images_that_keep_their_flux_are_compared_in_the_unit_of_the_data(tmp_path):
+    random, rows = np.random.default_rng(0), ["file,x,y"]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for k in range(40):
+            of, level = torch.rand(1, 3) - 0.5, random.uniform(50, 900)
+            np.save(tmp_path / name / f"{k}.npy", 7 + level * draw(of)[0, 0].numpy())
+            rows.append(f"{name}/{k}.npy,{k},1")
+    (tmp_path / "parameters.csv").write_text("\n".join(rows) + "\n")
+    images = NpyDataset(tmp_path)
+    low, high = torch.from_numpy(images.low), torch.from_numpy(images.high)
+
+    class Exact(Drawer):
+        """Draws the very images, in the range of its scaling, or by a hundredth too bright."""
+
+        lens_parameters, factor = (parameter(name="x", classes=("a", "b")), parameter(name="y", classes=("a",))), 1.0
+
+        def generate(self, labels, sampler=None, seed=0, batch_size=128, first=0, phases=None):
+            index = some_of_each_class(images.labels, 30, 0)
+            light = self.scaling.undo(self.scaling.apply(images.read(index), low[index], high[index]))
+            unit = Scaling(kind="set", low=self.scaling.low, high=self.scaling.high)
+            light = self.scaling.low + self.factor * (light - self.scaling.low)
+            if self.scaling.kind == "asinh":
+                above = (light - self.scaling.low) / self.scaling.softening
+                return above.asinh() / np.arcsinh((self.scaling.high - self.scaling.low) / self.scaling.softening)
+            return (light - unit.low) / (unit.high - unit.low)
+
+    for kind in ("set", "asinh"):
+        exact = Exact()
+        exact.scaling = Scaling.of(kind, images.images, low, high)
+        found = obedience(exact, None, images, 30, 0, 128)["emulation"]
+        assert all(row["given"] < 1e-5 for row in found.values())
+        exact.factor = 1.01
+        brighter = obedience(exact, None, images, 30, 0, 128)["emulation"]
+        assert all(0.0005 < row["given"] < 0.01 for row in brighter.values())
+
+
+def test_what_does_not_vary_is_left_out(drawn, tmp_path):
+    """Of a parameter that test images have once, or always alike, neither R^2 nor a correlation can be said."""
+    shutil.copytree(drawn.root_dir, tmp_path / "alike")
+    rows = (tmp_path / "alike" / "parameters.csv").read_text().splitlines()
+    alike = [",".join(["", "6.5", *row.split(",")[2:]]).replace("", row.split(",")[0], 1) for row in rows[1:]]
+    once = [row if k == 130 else row.rsplit(",", 1)[0] + "," for k, row in enumerate(alike)]
+    (tmp_path / "alike" / "parameters.csv").write_text("\n".join([rows[0], *once]) + "\n")
+    found = obedience(Drawer(), Reader(), NpyDataset(tmp_path / "alike"), 100, 0, 128)
+    told = {name: found[name] for name in ("emulation", "recovery", "conditionals", "order")}
+    json.dumps(told, allow_nan=False)
+    assert found["recovery"]["real"].keys() == {"angle"}
+    assert "x" not in found["order"]
+
+
+def test_a_sweep_changes_nothing_but_what_is_swept(drawn):
+    """All images of a lens begin with the same noise."""
+
+    class Noisy(Drawer):
+        def generate(self, labels, sampler=None, seed=0, batch_size=128, first=0, phases=None):
+            numbers = range(first, first + len(labels))
+            noise = torch.tensor([np.random.default_rng([seed, k]).normal(0, 2) for k in numbers])
+            moved = phases.clone() if phases is not None else torch.zeros(len(labels), 3)
+            moved[:, 0] += noise.float()
+            return draw(moved.clamp(-0.8, 0.8) if phases is None else moved * torch.tensor([0.2, 1.0, 1.0]))
+
+    assert obedience(Noisy(), Reader(), drawn, 100, 0, 128)["order"]["x"] > 0.95
 
 
 def test_recovery_is_that_of_the_formulas():
@@ -237,6 +305,32 @@ def test_a_parameter_that_no_validation_image_has_is_refused_before_training(dra
     with pytest.raises(SystemExit):
         run_script("train/train_regressor.py", *flags)
     assert "parameter early: no validation image has it" in capsys.readouterr().err
+
+
+def test_a_regressor_of_a_handful_of_images_says_that_nobody_can_say(drawn, tmp_path, undrawn, capsys):
+    """Nor does the last part of them, of one image, stop batch normalization."""
+    for name in ("a", "b"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        for k in range(20):
+            shutil.copy(drawn.root_dir / name / f"{k}.npy", tmp_path / "few" / name)
+    shutil.copy(drawn.root_dir / "parameters.csv", tmp_path / "few")
+    count = len(NpyDataset(tmp_path / "few", split="train"))
+    flags = ["--data_dir", tmp_path / "few", "--output_dir", tmp_path / "run", "--parameters", "x", "--epochs", 1]
+    batch = next(size for size in range(5, count) if count % size == 1)
+    run_script("train/train_regressor.py", *flags, "--batch_size", batch, "--image_size", 16)
+    assert "Nobody can say how well it reads" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "recovery.png").exists()
+
+
+def test_a_regressor_of_other_images_is_left_out_and_none_can_be_chosen(regressor, monkeypatch, capsys):
+    real = SimpleNamespace(image_shape=(3, 64, 64))
+    monkeypatch.setattr(evaluate_fld, "REGRESSOR_PATH", str(regressor / "regressor_ckpts" / "resnet18_best.pt"))
+    assert evaluate_fld.regressor_of(real, torch.device("cpu")) is None
+    assert "is left out: it reads images of 1 channels" in capsys.readouterr().out
+    real.image_shape = (1, 64, 64)
+    assert evaluate_fld.regressor_of(real, torch.device("cpu")) is not None
+    monkeypatch.setattr(evaluate_fld, "REGRESSOR_PATH", None)
+    assert evaluate_fld.regressor_of(real, torch.device("cpu")) is None
 
 
 def test_other_checkpoints_are_no_regressors(checkpoint, classifier):

@@ -8,6 +8,7 @@ training_metrics.csv, and recovery.png, what it reads off test images. A run tha
 regressor_ckpts/, on a CPU to the last bit as if it had not been.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -92,7 +93,7 @@ def main() -> None:
             run.add(len(batch), loss)
 
         # The running averages of batch normalization lag behind weights that change fast: take them anew
-        some = torch.cat(batches)[:2048].split(BATCH_SIZE)
+        some = batches[: math.ceil(2048 / BATCH_SIZE)]
         update_bn((classifier_transforms(train.images[part].to(device), IMAGE_SIZE) for part in some), model)
         val_loss = Recovery.of(model.eval(), val).loss()
         earlier = [row["val_loss"] for row in run.history] if best_path.exists() else []
@@ -122,7 +123,10 @@ def report(model: LensRegressor, test: NpyDataset) -> None:
     found = Recovery.of(model, test)
     for name, row in found.table().items():
         print(f"{name}: R^2 {row['r2']:.4f}, bias {row['bias']:.3g}, scatter {row['scatter']:.3g} {row['unit']}")
-    plots.save(plots.recovery({"test images": found.panels()}, "true"), Path(OUTPUT_DIR) / "recovery.png")
+    if panels := found.panels():
+        plots.save(plots.recovery({"test images": panels}, "true"), Path(OUTPUT_DIR) / "recovery.png")
+    else:
+        print("Nobody can say how well it reads: hardly any test image has a known parameter")
 
 
 if __name__ == "__main__":
