@@ -1,6 +1,7 @@
 """A generator can be asked for any subset of the parameters that it was trained with, and obeys."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -281,10 +282,14 @@ def test_a_run_goes_on_with_its_parameters_and_starts_from_weights_without_any(s
     run_script("train/train_diffusion.py", *more, "--epochs", 1)
     kept = load_model(tmp_path / "more" / "dit_conditional_ckpts" / "dit_conditional_final.pt", "cpu")
     assert [of.name for of in kept.lens_parameters] == ["place_x"]
+    shutil.copytree(spots, tmp_path / "bare", ignore=shutil.ignore_patterns("parameters.csv"))
     for wrong, fault in (
         (["--parameters", "place_y"], "has other parameters, order or scales: place_x:linear"),
         (["--parameters", "place_x:log10"], "has other parameters, order or scales: place_x:linear"),
         (["--augment", "square", "--parameters", "place_x"], "turns images, but not their parameters"),
+        (["--augment", "square"], "turns images, but not their parameters"),
+        (["--parameters", "place_x", "--parameter_dropout", "0"], "nobody could ask for less than all"),
+        (["--data_dir", tmp_path / "bare"], "no parameter place_x of its images"),
         (["--parameters", "place_z"], "no parameter place_z of its images; there are place_x, place_y"),
         (["--parameters", "place_x,place_x"], "is not a list of different names"),
     ):
@@ -293,6 +298,7 @@ def test_a_run_goes_on_with_its_parameters_and_starts_from_weights_without_any(s
             run_script("train/train_diffusion.py", *begin, *wrong, "--epochs", 1, "--resume", "never")
         assert stopped.value.code == 2
         assert fault in capsys.readouterr().err
+    assert not [*tmp_path.rglob("earlier*")]  # nothing was moved out of the way of a run that cannot be
 
 
 def test_names_are_given_with_commas_and_checked_like_any_constant():

@@ -224,6 +224,21 @@ def test_the_earlier_run_stays_where_it_is_when_the_new_one_cannot_begin(train, 
     assert not (run / "earlier_1").exists()
 
 
+def test_components_are_not_gone_on_with_for_images_of_another_size(lens_data, tmp_path, undrawn, capsys):
+    flags = ["--recipe", "component_mlp", "--latent_dim", 16, "--batch_size", 16, "--epochs", 1]
+    flags += ["--output_dir", tmp_path / "run"]
+    run_script("train/train_diffusion.py", *flags, "--data_dir", lens_data)
+    for path in lens_data.glob("*/*.npy"):
+        small = tmp_path / "small" / path.relative_to(lens_data)
+        small.parent.mkdir(parents=True, exist_ok=True)
+        np.save(small, np.load(path)[::2, ::2])
+    with pytest.raises(SystemExit) as stopped:
+        run_script("train/train_diffusion.py", *flags, "--data_dir", tmp_path / "small")
+    assert stopped.value.code == 2
+    assert "is of (1, 64, 64)" in (line := capsys.readouterr().err.strip().splitlines()[-1])
+    assert "of (1, 32, 32): choose another --output_dir" in line
+
+
 def test_the_checkpoint_of_another_script_is_not_gone_on_from(train, classifier_run, lens_data, tmp_path, capsys):
     of_classifier = classifier_run / "classifier_ckpts" / "resnet18_epoch_2.pt"
     complaint = r"_epoch_2.pt is of train/train_classifier.py: choose another --output_dir, or checkpoint"

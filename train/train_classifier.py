@@ -129,8 +129,8 @@ def main() -> None:
             run.add(len(labels), loss, correct=(logits.argmax(1) == labels).sum().item())
 
         # The running averages of batch normalization lag behind weights that change fast: take them anew
-        some, random = torch.cat(batches)[:2048].to(train.labels.device), generator_of(SEED, run.step, device)
-        shown = (views.shown(train.images[part].to(device), random)[0] for part in some.split(BATCH_SIZE))
+        some, random = batches[: math.ceil(2048 / BATCH_SIZE)], generator_of(SEED, run.step, device)
+        shown = (views.shown(train.images[part.to(train.labels.device)].to(device), random)[0] for part in some)
         update_bn((classifier_transforms(images, IMAGE_SIZE) for images in shown), model)
         val_loss, val_accuracy, _ = evaluate(classify(model.eval(), seen)[0], labels_seen)
         # resnet18_best.pt is not there yet when the run began in another folder

@@ -33,7 +33,7 @@ from models import flow
 from models.checkpoint import load_checkpoint
 from models.components import PrincipalComponents
 from models.generator import SIZES, Generator, build_generator, build_untrained, of_today
-from parameters import Parameter, fit, name_of, objects
+from parameters import Parameter, are_of, fit, name_of, objects
 from settings import (
     Count,
     Epochs,
@@ -222,6 +222,8 @@ def check_settings(num_images: int) -> None:
         raise InputError(f"EMA_UPDATE_EVERY {EMA_UPDATE_EVERY} is more than all steps: the EMA would stay untrained", 2)
     if CFG_SCALE != 1 and LABEL_DROPOUT == 0:
         raise InputError(f"CFG_SCALE {CFG_SCALE:g} needs hidden labels: raise LABEL_DROPOUT, or take CFG_SCALE 1", 2)
+    if PARAMETERS and PARAMETER_DROPOUT == 0:
+        raise InputError("PARAMETER_DROPOUT 0: nobody could ask for less than all PARAMETERS; 0.1 is little", 2)
     if WARMUP_EPOCHS >= EPOCHS:
         raise InputError(
             f"WARMUP_EPOCHS {WARMUP_EPOCHS:g} must be less than EPOCHS {EPOCHS}: the rate never gets there", 2
@@ -259,17 +261,13 @@ def choose_parameters(images: NpyDataset, before: Generator | None) -> tuple[Par
         InputError: when those are others, or where images are turned, and their parameters would no longer be true.
     """
     names = [name_of(specification) for specification in PARAMETERS]
-    if names and AUGMENT != "none":
+    if AUGMENT != "none" and (names or (before and before.lens_parameters)):
         raise InputError(f"--augment {AUGMENT} turns images, but not their parameters: leave out one of the two", 2)
     if before and before.lens_parameters:
-        wanted = [(name, scale.partition("/")[0]) for name, _, scale in (of.partition(":") for of in PARAMETERS)]
-        known = [(of.name, of.scale) for of in before.lens_parameters]
-        same = len(wanted) == len(known) and all(
-            a[0] == b[0] and a[1] in ("", b[1]) for a, b in zip(wanted, known, strict=True)
-        )
-        if names and not same:
-            told = ",".join(map(":".join, known))
+        if names and not are_of(PARAMETERS, before.lens_parameters):
+            told = ",".join(of.specification for of in before.lens_parameters)
             raise InputError(f"the generator to go on with has other parameters, order or scales: {told}", 2)
+        images.phases(before.lens_parameters)  # which says what is missing
         return before.lens_parameters
     if not names:
         return ()
@@ -302,6 +300,10 @@ def prepare_generator(images: NpyDataset, before: Generator | None) -> Generator
     changes, codec = dict(given), None
     if components := SIZES[size].get("components"):
         codec = before.codec if before else None
+        if codec and codec.image_shape != images.image_shape:
+            there, here = codec.image_shape, images.image_shape
+            what = f"the generator to go on with is of {there}, {DATA_DIR} of {here}"
+            raise InputError(f"{what}: choose another --output_dir for this one", 2)
         if codec is None:
             some = some_of_all(images.images, AUGMENT, min(8192, _FITTED_BYTES // images.images[0].nbytes))
             codec = distributed.from_main(PrincipalComponents.fitted(some, components, images.scaling.keeps_flux))
