@@ -124,6 +124,7 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Len
     model = build_classifier(image_size, classes, channels, kinds)
     if any(name.startswith("calibration.") for name in content["model_state_dict"]):
         model.calibration = Calibration(model.fc.in_features)
+        content["model_state_dict"].setdefault("calibration.pixels", torch.tensor(float(image_size)))  # once not kept
     load_weights(model, content["model_state_dict"], path)
     return model.to(device).eval().requires_grad_(False)
 

@@ -164,7 +164,7 @@ def observer_of(dataset: NpyDataset, name: str, peak: float | None = None, seed:
             their files, or, where images keep no flux, its median.
 
     Raises:
-        InputError: for images that have the noise of a telescope already.
+        InputError: for images that have the noise of a telescope already, or are narrower than its blur.
     """
     instrument, recipe = INSTRUMENTS[name], recipe_of(*origin_of(dataset))
     if recipe and recipe.noise:
@@ -175,6 +175,8 @@ def observer_of(dataset: NpyDataset, name: str, peak: float | None = None, seed:
     scale, length = scale_of(dataset)
     pixel_scale = scale if length == "arcsec" else instrument.pixel_scale
     observation = Observation(instrument, pixel_scale, recipe.psf_fwhm if recipe else 0.0)
+    if 4 * observation.blur >= dataset.image_shape[-1]:
+        raise InputError(f"{name} would blur these images by {observation.blur:.0f} pixels, as wide as they are", 2)
     return Observer(observation, peak, unit, seed)
 
 

@@ -9,6 +9,7 @@ from conftest import ROOT
 from torch.nn.functional import avg_pool2d, interpolate
 
 from dataset import NpyDataset, normalize
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.classifier import classify, load_classifier, unlikeness
 from models.generator import load_model
 from models.regressor import Recovery, load_regressor
@@ -44,6 +45,13 @@ def test_the_generator_makes_lenses_of_the_class_it_is_asked_for():
         assert classifier.classes == model.classes
         called = classify(classifier, images)[0].argmax(1)
         assert (called == labels).float().mean() > 0.88, name
+
+
+def test_a_calibration_from_before_it_knew_its_pixels_still_loads(tmp_path):
+    content = load_checkpoint(ROOT / "weights" / "resnet18_observed.safetensors")
+    del content["model_state_dict"]["calibration.pixels"]
+    save_checkpoint(tmp_path / "old.pt", **content)
+    assert load_classifier(tmp_path / "old.pt").calibration.pixels == 64
 
 
 def test_the_classifier_of_observed_lenses_reads_them_and_knows_what_is_unlike_them(lens_data):
