@@ -35,7 +35,7 @@ from metrics.lens_distance import LensDistance
 from metrics.score import check_match
 from metrics.timing import least_seconds, peak_memory
 from models import flow
-from models.classifier import load_classifier
+from models.classifier import default_classifier, load_classifier
 from models.generator import SIZES, Generator, build_untrained, load_model
 from settings import Count
 from simulate.recipes import recipe_of
@@ -47,9 +47,7 @@ DATA_DIR: str | None = None  # Folder of images: adds the Fréchet distance to i
 CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
     "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/conditional_mlp.safetensors"
 )
-CLASSIFIER_PATH: str = settings.first_there(  # Gives the lens features, likewise
-    "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
-)
+CLASSIFIER_PATH: str | None = None  # Gives the lens features; None likewise
 CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
 OUTPUT_DIR: str = "benchmark"  # Where the table and the plot go
 BATCH_SIZE: Count = 64  # Images at once
@@ -203,8 +201,9 @@ def cost(model: Generator, images: int, sampler: flow.Sampler) -> float:
 def quality_of(model: Generator, device: torch.device) -> dict[int, dict[str, float]]:
     """Fréchet distance in lens features over its floor: NFE -> subset -> ratio."""
     (test,) = load_parts(DATA_DIR, "test", cache_dir=CACHE_DIR)
-    classifier = load_classifier(CLASSIFIER_PATH, device)
-    check_match(test, {CHECKPOINT_PATH: model, CLASSIFIER_PATH: classifier})
+    path = CLASSIFIER_PATH or default_classifier()
+    classifier = load_classifier(path, device)
+    check_match(test, {CHECKPOINT_PATH: model, path: classifier})
     distance = LensDistance(test, classifier, IMAGES_PER_CLASS)
     found = {}
     for steps in tqdm(_NFE, "quality", leave=False):

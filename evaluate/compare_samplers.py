@@ -1,6 +1,6 @@
 """Quality against the number of network evaluations (NFE): solvers, grids of times and guidance on one network.
 
-    python evaluate/compare_samplers.py --checkpoint_path C --data_dir D
+    python evaluate/compare_samplers.py --data_dir D
 
 Prints a table and writes OUTPUT_DIR/samplers.json and OUTPUT_DIR/samplers.png. The measure is the Fréchet distance in
 the features of the lens classifier over its floor; an evaluation with guidance counts as two.
@@ -23,15 +23,15 @@ from files import hold, whole
 from metrics.lens_distance import LensDistance
 from metrics.score import check_match, subsets_of
 from models import flow
-from models.classifier import load_classifier
+from models.classifier import default_classifier, load_classifier
 from models.generator import Generator, load_model
 from settings import Count, Whole
 
 DATA_DIR: str = "data"  # Folder with a folder of images for each class: its test images are the reference
-CHECKPOINT_PATH: str = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Of train_diffusion.py
-CLASSIFIER_PATH: str = settings.first_there(  # Gives the lens features: the one trained here, or else the shipped one
-    "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_lens.safetensors"
+CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
+    "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/conditional_mlp.safetensors"
 )
+CLASSIFIER_PATH: str | None = None  # Gives the lens features; None likewise
 CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
 OUTPUT_DIR: str = "samplers"  # Where the table and the plot go
 IMAGES_PER_CLASS: Count = 1000  # In a distance; as many as half of the test images of a class if these are fewer
@@ -48,8 +48,9 @@ _Found = dict[str, dict[int, dict[str, float]]]  # sampler -> NFE -> subset -> r
 def main() -> None:
     model = load_model(CHECKPOINT_PATH, DEVICE)
     (test,) = load_parts(DATA_DIR, "test", cache_dir=CACHE_DIR)
-    classifier = load_classifier(CLASSIFIER_PATH, model.device)
-    check_match(test, {CHECKPOINT_PATH: model, CLASSIFIER_PATH: classifier})
+    path = CLASSIFIER_PATH or default_classifier()
+    classifier = load_classifier(path, model.device)
+    check_match(test, {CHECKPOINT_PATH: model, path: classifier})
     distance = LensDistance(test, classifier, IMAGES_PER_CLASS)
     hold(OUTPUT_DIR)
     plain = [(solver, grid, steps) for solver in flow.SOLVERS for grid in flow.TIME_GRIDS for steps in _STEPS]
