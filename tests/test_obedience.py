@@ -1,6 +1,7 @@
 """Obedience is measured against closed forms: a generator that draws the very lens, and others that do not."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -320,6 +321,19 @@ def test_a_regressor_of_a_handful_of_images_says_that_nobody_can_say(drawn, tmp_
     run_script("train/train_regressor.py", *flags, "--batch_size", batch, "--image_size", 16)
     assert "Nobody can say how well it reads" in capsys.readouterr().out
     assert not (tmp_path / "run" / "recovery.png").exists()
+
+
+def test_a_regressor_goes_on_when_values_were_added(drawn, tmp_path, undrawn, capsys):
+    shutil.copytree(drawn.root_dir, tmp_path / "more")
+    flags = ["--data_dir", tmp_path / "more", "--output_dir", tmp_path / "run", "--image_size", 16, "--batch_size", 16]
+    run_script("train/train_regressor.py", *flags, "--parameters", "x", "--epochs", 1)
+    table, file = tmp_path / "more" / "parameters.csv", NpyDataset(tmp_path / "more", split="train").files[0]
+    table.write_text(re.sub(f"^{file},[^,]*", f"{file},9.5", table.read_text(), flags=re.MULTILINE))  # out of the range
+    run_script("train/train_regressor.py", *flags, "--parameters", "x", "--epochs", 2)
+    assert "going on" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_script("train/train_regressor.py", *flags, "--parameters", "x,mass", "--epochs", 3)
+    assert "is of another regressor parameters: choose another --output_dir" in capsys.readouterr().err
 
 
 def test_a_regressor_of_other_images_is_left_out_and_none_can_be_chosen(regressor, monkeypatch, capsys):

@@ -26,7 +26,7 @@ from dataset import NpyDataset, epoch_batches, load_parts
 from models.checkpoint import save_checkpoint
 from models.classifier import classifier_transforms
 from models.regressor import LensRegressor, Recovery, build_regressor, load_regressor
-from parameters import fit, name_of
+from parameters import are_of, fit, from_plain, name_of
 from settings import Count, Epochs, InputError, Interval, Names, NotNegative, Positive, Whole
 from train.recipes import RECIPES
 from train.run import Run
@@ -56,8 +56,11 @@ def main() -> None:
     train, val, test = load_parts(DATA_DIR, "train", "val", "test", **reading)
     if len(train) < BATCH_SIZE:
         raise InputError(f"--batch_size {BATCH_SIZE} is more than the {len(train)} training images of {DATA_DIR}", 2)
-    columns = train.columns(map(name_of, PARAMETERS))
-    parameters = fit(PARAMETERS, columns, [train.classes[label] for label in train.labels.tolist()])
+    run = Run(globals(), "regressor_ckpts/resnet18", device)
+    parameters = from_plain((run.state or {}).get("regressor_parameters", ()))  # of a run to go on with
+    if not are_of(PARAMETERS, parameters):
+        columns = train.columns(map(name_of, PARAMETERS))
+        parameters = fit(PARAMETERS, columns, [train.classes[label] for label in train.labels.tolist()])
     for name, column in val.columns(map(name_of, PARAMETERS)).items():
         if not np.isfinite(column.values).any():
             raise InputError(
@@ -66,7 +69,6 @@ def main() -> None:
     torch.manual_seed(SEED)
     model = build_regressor(IMAGE_SIZE, train.image_shape[0], parameters)
     targets = model.targets(train.phases(parameters))
-    run = Run(globals(), "regressor_ckpts/resnet18", device)
     run.begin(train, model.description())
     optimizer = torch.optim.AdamW(model.to(device).parameters(), LEARNING_RATE, weight_decay=0.01, fused=True)
     run.restore(model=model, optimizer=optimizer)
