@@ -51,7 +51,7 @@ from image_files import (  # noqa: F401
     read_stack,
     stem_of,
 )
-from parameters import TABLES, Column, Parameter, in_unit, phases, read_columns
+from parameters import TABLES, Column, Parameter, converted, phases, read_columns
 from scaling import Scaling
 from settings import InputError
 
@@ -176,7 +176,7 @@ class NpyDataset(Dataset):
     def phases(self, parameters: Sequence[Parameter], lenient: bool = False) -> Tensor:
         """The same as networks see them, (n, parameters) float32, NaN where unknown."""
         columns = self.columns((of.name for of in parameters), lenient)
-        return phases(parameters, {of.name: in_unit(of.name, columns[of.name], of.unit) for of in parameters})
+        return phases(parameters, {of.name: converted(of.name, columns[of.name], of.unit) for of in parameters})
 
     @cached_property
     def identity(self) -> str:

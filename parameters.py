@@ -180,7 +180,7 @@ def name_of(specification: str) -> str:
     return _parse(specification)[0]
 
 
-def in_unit(name: str, column: Column, unit: str) -> np.ndarray:
+def converted(name: str, column: Column, unit: str) -> np.ndarray:
     """Values of a column in a unit; as they are where either unit is not known.
 
     Raises:
@@ -323,7 +323,7 @@ def _merge(known: dict[str, Column], table: dict[str, Column], count: int) -> No
     for name, column in table.items():
         before = known.get(name, Column(np.full(count, np.nan)))
         unit = before.unit or column.unit
-        values = in_unit(name, column, unit)
+        values = converted(name, column, unit)
         known[name] = Column(np.where(np.isfinite(values), values, before.values), unit)
 
 

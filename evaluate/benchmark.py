@@ -36,7 +36,7 @@ from metrics.score import check_match
 from metrics.timing import least_seconds, peak_memory
 from models import flow
 from models.classifier import default_classifier, load_classifier
-from models.generator import SIZES, Generator, build_untrained, load_model
+from models.generator import SIZES, Generator, build_untrained, default_generator, load_model
 from settings import Count
 from simulate.recipes import recipe_of
 from simulate.renderer import parameter_table, render_row
@@ -44,9 +44,7 @@ from simulate.vectorized import shoot_rays, to_tensors
 from simulate.workers import render_pool
 
 DATA_DIR: str | None = None  # Folder of images: adds the Fréchet distance to its test images
-CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
-    "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/conditional_mlp.safetensors"
-)
+CHECKPOINT_PATH: str = default_generator()  # The one trained here, or else the one of the repository
 CLASSIFIER_PATH: str | None = None  # Gives the lens features; None likewise
 CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
 OUTPUT_DIR: str = "benchmark"  # Where the table and the plot go

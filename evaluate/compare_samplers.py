@@ -24,13 +24,11 @@ from metrics.lens_distance import LensDistance
 from metrics.score import check_match, subsets_of
 from models import flow
 from models.classifier import default_classifier, load_classifier
-from models.generator import Generator, load_model
+from models.generator import Generator, default_generator, load_model
 from settings import Count, Whole
 
 DATA_DIR: str = "data"  # Folder with a folder of images for each class: its test images are the reference
-CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
-    "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/conditional_mlp.safetensors"
-)
+CHECKPOINT_PATH: str = default_generator()  # The one trained here, or else the one of the repository
 CLASSIFIER_PATH: str | None = None  # Gives the lens features; None likewise
 CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
 OUTPUT_DIR: str = "samplers"  # Where the table and the plot go

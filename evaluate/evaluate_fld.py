@@ -22,7 +22,7 @@ import settings
 from dataset import KINDS, NpyDataset, classes_with_files, is_image_file, load_parts, print_counts
 from files import contents, hold, holder_of
 from models import generated_folder
-from models.generator import Generator, generate_image, load_model  # noqa: F401
+from models.generator import Generator, default_generator, generate_image, load_model  # noqa: F401
 from scaling import Scaling
 from settings import Count, Guidance, InputError, Positive, Splits, Steps, Whole
 from simulate.instrument import INSTRUMENTS, Observer, observers_of
@@ -41,9 +41,7 @@ PEAK: Positive | None = None  # Counts per second of the brightest pixel, for IN
 BESIDE: bool = False  # Scores the images without INSTRUMENT, too, in columns of their own
 PIXEL_SCALE: Positive | None = None  # Arcsec a pixel; None takes it from FITS headers or the recipe, or else has pixels
 KEEPS_FLUX: bool | None = None  # Compares sky, peak and flux in the unit of the files, too; None as the checkpoint does
-CHECKPOINT_PATH: str = settings.first_there(  # The generator: the one trained here, or else the one of the repository
-    "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt", "weights/conditional_mlp.safetensors"
-)
+CHECKPOINT_PATH: str = default_generator()  # The one trained here, or else the one of the repository
 COMPARE_PATH: str | None = None  # A second checkpoint, or folder of images, to be scored in columns beside the first
 CLASSIFIER_PATH: str | None = None  # Gives the lens features; None likewise, with INSTRUMENT one that knows noise
 REGRESSOR_PATH: str | None = settings.first_there(  # Reads parameters off images; None measures emulation alone

@@ -4,7 +4,6 @@ The test images say what to ask for. Each is drawn anew from its class and its p
 image itself, pixel by pixel (emulation) and by what a regressor reads off both (recovery).
 """
 
-import copy
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +18,7 @@ from dataset import NpyDataset, some_of_each_class
 from models.flow import Sampler
 from models.generator import Generator
 from models.regressor import LensRegressor, Recovery
+from scaling import in_unit
 from settings import InputError
 from simulate.instrument import INSTRUMENTS, observer_of
 from simulate.recipes import origin_of, recipe_of
@@ -52,9 +52,8 @@ def obedience(
     """
     index = some_of_each_class(test.labels, count, seed)
     labels, asked = test.labels[index], test.phases(model.lens_parameters, lenient=True)[index]
-    scaled = copy.copy(test)
-    scaled.scaling = model.scaling
-    real = model.scaling.undo(scaled.read(index))
+    images, low, high = test.look(index)
+    real = in_unit(images, low, high).float() if model.scaling.keeps_flux else images
 
     def draw(labels: Tensor, phases: Tensor | None, first: int = 0) -> Tensor:
         return model.scaling.undo(model.generate(labels, sampler, seed, batch_size, first, phases))

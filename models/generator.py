@@ -23,7 +23,7 @@ from models.components import EXTRA, ComponentMLP, PrincipalComponents, without_
 from models.model import NanoDiT
 from parameters import Parameter, as_plain, asked, from_plain, objects, phases
 from scaling import Scaling
-from settings import Count, Guidance, InputError, Interval, Steps, Whole, checked
+from settings import Count, Guidance, InputError, Interval, Steps, Whole, checked, first_there
 
 
 def _nanodit(image_shape: tuple[int, ...], **config: Any) -> tuple[nn.Module, None]:
@@ -367,6 +367,12 @@ def of_today(content: dict[str, Any]) -> dict[str, Any]:
     config = {"components": components} | {name: config[name] for name in kept if name in config}
     told |= {"network": "ComponentMLP", "model_config": config, "model_state_dict": weights, "codec_state_dict": codec}
     return {name: value for name, value in content.items() if name != "ema_state_dict"} | told
+
+
+def default_generator() -> str:
+    """The path, inside the repository, of the generator that was trained here, or else of that of the repository."""
+    here = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"
+    return first_there(here, "weights/conditional_mlp.safetensors")
 
 
 def load_model(path: str | Path, device: str = "auto") -> Generator:

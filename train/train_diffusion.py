@@ -33,7 +33,7 @@ from models import flow
 from models.checkpoint import load_checkpoint
 from models.components import PrincipalComponents
 from models.generator import SIZES, Generator, build_generator, build_untrained, of_today
-from parameters import Parameter, are_of, fit, name_of, objects
+from parameters import Parameter, are_of, fit, name_of
 from settings import (
     Count,
     Epochs,
@@ -364,7 +364,7 @@ def draw_condition(
     if phases is None:
         return labels
     phases = phases[batch.cpu()].to(labels.device)
-    known = flow.hide(phases, objects(generator.lens_parameters), PARAMETER_DROPOUT, random)
+    known = flow.hide(phases, generator.network.config["objects"], PARAMETER_DROPOUT, random)
     return generator.condition(labels, known.masked_fill((labels == null_label)[:, None], math.nan))
 
 
