@@ -187,7 +187,7 @@ def converted(name: str, column: Column, unit: str) -> np.ndarray:
         InputError: for units of different things, or one that nobody knows.
     """
     values, own = column
-    if not (own and unit) or own.lower() == unit.lower():
+    if not (own and unit) or own == unit:
         return values
     if own.lower() in _PERIODS and unit.lower() in _PERIODS:
         return values * (_PERIODS[unit.lower()] / _PERIODS[own.lower()])

@@ -109,13 +109,17 @@ def test_tables_of_different_units_are_converted_or_one_line(tmp_path):
 
 def test_values_reach_a_network_in_the_unit_it_was_trained_in(tmp_path):
     write_images(tmp_path, ["a/0.npy", "a/1.npy"])
-    (tmp_path / "parameters.csv").write_text("file,x [mas],phi [deg],q\na/0.npy,250,180,0.5\na/1.npy,500,90,1\n")
+    (tmp_path / "parameters.csv").write_text(
+        "file,x [mas],phi [Deg],q,d [mpc]\na/0.npy,250,180,0.5,5e8\na/1.npy,500,90,1,1e9\n"
+    )
     known = [
         parameter(name="x", unit="arcsec"),
         parameter("angle", name="phi", unit="rad", mean=0.0, deviation=1.0, period=2 * np.pi),
         parameter(name="q", unit="any"),
+        parameter(name="d", unit="Mpc"),  # a thousand million of the other, whose name differs by its case
     ]
-    np.testing.assert_allclose(NpyDataset(tmp_path).phases(known), [[-0.5, np.pi, 0], [0, np.pi / 2, 1]], atol=1e-6)
+    expected = [[-0.5, np.pi, 0, 0], [0, np.pi / 2, 1, 1]]
+    np.testing.assert_allclose(NpyDataset(tmp_path).phases(known), expected, atol=1e-6)
 
 
 def test_titles_of_columns_have_a_name_of_their_own(tmp_path):
