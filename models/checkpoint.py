@@ -24,7 +24,7 @@ import torch
 from files import whole
 from settings import InputError
 
-_CODEC = "codec."  # begins the names of a codec's weights in a .safetensors file
+PARTS = ("codec", "population")  # what a .safetensors file holds beside the network, under names "codec.mean" and so on
 _RENAMED = {"nanodit_s64.safetensors": "component_mlp.safetensors"}  # files of weights/, under their old names
 # The published checkpoints hold the loss and the learning rate as NumPy scalars, named as NumPy 1 or NumPy 2 names them
 _NUMPY_SCALAR = [
@@ -104,7 +104,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         expected = content.pop("checksum", None)  # the published checkpoints have none
         if expected is not None and checksum(content) != expected:
             raise InputError(f"{path}: damaged: its checksum does not match its content")
-        return _with_codec(content)
+        return _apart(content)
     except InputError:
         raise
     except OSError as error:
@@ -149,14 +149,15 @@ def _read_safetensors(path: str | Path, device: str | torch.device) -> dict[str,
     return content | {"model_state_dict": {name: value.to(device) for name, value in weights.items()}}
 
 
-def _with_codec(content: dict[str, Any]) -> dict[str, Any]:
-    """The weights of a codec, which a .safetensors file holds beside those of the network, in a place of their own."""
-    weights = content["model_state_dict"]
-    codec = {name.removeprefix(_CODEC): value for name, value in weights.items() if name.startswith(_CODEC)}
-    if not codec:
-        return content
-    network = {name: value for name, value in weights.items() if not name.startswith(_CODEC)}
-    return content | {"model_state_dict": network, "codec_state_dict": codec}
+def _apart(content: dict[str, Any]) -> dict[str, Any]:
+    """The weights of PARTS, which a .safetensors file holds beside those of the network, in places of their own."""
+    for part in PARTS:
+        weights, prefix = content["model_state_dict"], f"{part}."
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if own:
+            network = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+            content = content | {"model_state_dict": network, f"{part}_state_dict": own}
+    return content
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

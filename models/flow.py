@@ -10,7 +10,7 @@ each image is asked for: its label, say.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -94,25 +94,14 @@ def drop_labels(labels: Tensor, null_label: int, probability: float, random: tor
     return labels.masked_fill(dropped, null_label)
 
 
-def hide(phases: Tensor, objects: Sequence[Sequence[Sequence[int]]], share: float, random: torch.Generator) -> Tensor:
-    """Makes parameters (n, parameters) of a share of the images unknown, NaN, so that one network serves any subset.
-
-    A third of these images lose all of them. Of the others, each kind of objects (see ``ParameterEmbedder``) loses
-    parameters, whole objects where it has many, or then all of these at once, with a probability that is drawn for the
-    image and the kind.
-    """
+def hide(phases: Tensor, share: float, random: torch.Generator) -> Tensor:
+    """Makes parameters (n, parameters) of a share of the images unknown, NaN, as labels are hidden: of each of these,
+    every one with the same probability, which is drawn for the image."""
 
     def draw(*shape: int) -> Tensor:
         return torch.rand(len(phases), *shape, generator=random, device=random.device)
 
-    at_all, unit = draw(1), draw(1, 1)
-    kept = torch.ones(phases.shape, dtype=torch.bool, device=random.device)
-    for kind in objects:
-        each = draw(len(kind), len(kind[0]))
-        if len(kind) > 1:
-            each = each.where(unit < 1 / 3, each[..., :1].where(unit < 2 / 3, each[:, :1, :1]))
-        kept[:, kind] = each >= draw(1, 1)
-    return phases.where((kept | (at_all >= share)) & (at_all >= share / 3), math.nan)
+    return phases.masked_fill((draw(1) < share) & (draw(phases.shape[1]) < draw(1)), math.nan)
 
 
 def guided(

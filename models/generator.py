@@ -21,6 +21,7 @@ from models import flow
 from models.checkpoint import generator_weights, load_checkpoint, load_weights, plain_names
 from models.components import EXTRA, ComponentMLP, PrincipalComponents, without_attention
 from models.model import NanoDiT
+from models.population import Population
 from parameters import Parameter, as_plain, asked, from_plain, objects, phases
 from scaling import Scaling
 from settings import Count, Guidance, InputError, Interval, Steps, Whole, checked, first_there
@@ -67,6 +68,9 @@ class Generator(nn.Module):
         sampler: how images are made unless told otherwise.
         scaling: of the images it was trained on.
         lens_parameters: physical ones that the network can be told, in order; none for most.
+
+    Attributes:
+        population: lenses that say what is not asked for; None, where the network has to know.
     """
 
     _compiler: Callable[[Callable], Callable] = staticmethod(lambda function: function)
@@ -86,6 +90,7 @@ class Generator(nn.Module):
         self.network, self.codec, self.prediction = network, codec, prediction
         self.classes, self.image_shape = tuple(classes), tuple(image_shape)
         self.sampler, self.scaling, self.lens_parameters = sampler or flow.Sampler(), scaling, tuple(lens_parameters)
+        self.population: Population | None = None
         self.sample_shape = network.sample_shape
 
     def description(self) -> dict[str, Any]:
@@ -104,7 +109,9 @@ class Generator(nn.Module):
         """The same around another network, such as the moving average of this one, or one that is told parameters."""
         told = self.lens_parameters if parameters is None else parameters
         kept = self.classes, self.image_shape, self.prediction, self.codec, self.sampler, self.scaling
-        return Generator(network, *kept, told).eval()
+        other = Generator(network, *kept, told).eval()
+        other.population = self.population
+        return other
 
     def with_parameters(self, parameters: Sequence[Parameter]) -> "Generator":
         """The same, whose network can be told parameters, which do nothing before it is trained; itself if it can be
@@ -203,9 +210,12 @@ class Generator(nn.Module):
         """One image for each label (n,), images first, first + 1, ... of a seed: (n, c, h, w) in [0, 1], on the CPU.
 
         By ``self.sampler`` unless another one is given; see ``flow.sample``. ``self.scaling.undo`` takes them to the
-        unit of the data. ``phases`` (n, parameters) are of the parameters that are asked for, see ``condition``.
+        unit of the data. ``phases`` (n, parameters) are of the parameters that are asked for, see ``condition``; others
+        are those of ``population``.
         """
         sampler = sampler or self.sampler
+        if self.population:
+            phases = self.population.fill(labels, phases, seed, first)
         condition = self.condition(labels, phases).to(self.device)
         condition = torch.cat([self.embedded(part) for part in condition.split(batch_size)])
         velocity = self.along(flow.evaluation_times(sampler, self.standard_deviation is not None)[:-1])
@@ -343,6 +353,8 @@ def build_generator(content: dict[str, Any], path: str | Path) -> Generator:
                 raise InputError(f"{path}: its weights are of another network")
         generator = _assemble(*given)
         generator.sampler, generator.scaling = flow.Sampler(**content["sampler"]), Scaling(**content["scaling"])
+        if "population_state_dict" in content:
+            generator.population = Population(**content["population_state_dict"], parameters=parameters)
     except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, KeyError, IndexError):
         raise InputError(f"{path}: its configuration is not that of a generator") from None
     for name, of_part in parts.items():

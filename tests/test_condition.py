@@ -116,36 +116,16 @@ def test_a_generator_that_is_told_parameters_from_now_on_is_the_same_before_it_l
 # The flow
 
 
-OBJECTS = [[[0, 1, 2]], [[3, 4], [5, 6], [7, 8], [9, 10]]]  # a lens and four subhaloes
-
-
-def test_parameters_are_hidden_from_a_share_a_third_of_which_loses_all():
+def test_a_share_of_the_images_loses_parameters_as_many_as_may_be():
     random = torch.Generator().manual_seed(0)
-    given = torch.rand(60_000, 11)
-    found = flow.hide(given, OBJECTS, 0.6, random)
+    given = torch.rand(60_000, 4)
+    found = flow.hide(given, 0.6, random)
     assert torch.equal(found[~found.isnan()], given[~found.isnan()])
-    lost = found.isnan()
-    of_lens = [(lost[:, :3].sum(1) == n).double().mean().item() for n in range(4)]
-    # Two fifths lose nothing and a fifth loses all; of the others, each number of the lens's is as likely
-    np.testing.assert_allclose(of_lens, [0.4 + 0.1, 0.1, 0.1, 0.2 + 0.1], atol=0.01)
-    whole = lost[:, 3:].view(-1, 4, 2)
-    many = [(whole.all(2).sum(1) == n).double().mean().item() for n in range(5)]
-    # All four are lost: when all go at once (1/2), one by one (1/5), or each number by itself (1/9)
-    np.testing.assert_allclose(many[4], 0.2 + 0.4 * (1 / 2 + 1 / 5 + 1 / 9) / 3, atol=0.01)
-    in_parts = (whole.any(2) & ~whole.all(2)).any(1).double().mean().item()
-    # Some are known in part only when each number goes by itself, unless all or none of the two of each do
-    p = torch.linspace(0, 1, 10_001, dtype=torch.double)
-    assert in_parts == pytest.approx(0.4 / 3 * (1 - (p**2 + (1 - p) ** 2) ** 4).mean().item(), abs=0.01)
-    assert torch.equal(flow.hide(given, OBJECTS, 0.0, random), given)
-    unknown = torch.full((10, 11), NAN)
-    assert flow.hide(unknown, OBJECTS, 0.5, random).isnan().all()
-
-
-def test_the_source_alone_is_what_some_images_are_trained_with():
-    """Of a lens of whatever substructure; were all numbers hidden alike, one image in 1,500 would be."""
-    found = flow.hide(torch.rand(20_000, 11), OBJECTS, 0.6, torch.Generator().manual_seed(0))
-    alone = ~found[:, :2].isnan().any(1) & found[:, 2:].isnan().all(1)
-    assert alone.double().mean() > 0.004
+    many = [(found.isnan().sum(1) == n).double().mean().item() for n in range(5)]
+    np.testing.assert_allclose(many, [0.4 + 0.6 / 5, *[0.6 / 5] * 4], atol=0.01)  # every number of them as likely
+    assert torch.equal(flow.hide(given, 0.0, random), given)
+    unknown = torch.full((10, 4), NAN)
+    assert flow.hide(unknown, 0.5, random).isnan().all()
 
 
 @MODELS
@@ -262,8 +242,8 @@ def test_spots_appear_where_they_are_asked_for(size, spots, tmp_path, undrawn):
     assert (found_y - y).abs().mean() < 0.6
     found_x, found_y = places(place_y=6.0)
     assert (found_y - 6).abs().mean() < 1.1
-    assert found_x.std() > 0.7  # free
-    assert all(of.std() > 1 for of in places())
+    assert found_x.std() > 1.5  # free, as in the data, where it is 2
+    assert all(of.std() > 1.5 for of in places())
 
 
 def test_a_run_goes_on_with_its_parameters_and_starts_from_weights_without_any(spots, tmp_path, undrawn, capsys):
@@ -288,7 +268,6 @@ def test_a_run_goes_on_with_its_parameters_and_starts_from_weights_without_any(s
         (["--parameters", "place_x:log10"], "has other parameters, order or scales: place_x:linear"),
         (["--augment", "square", "--parameters", "place_x"], "turns images, but not their parameters"),
         (["--augment", "square"], "turns images, but not their parameters"),
-        (["--parameters", "place_x", "--parameter_dropout", "0"], "nobody could ask for less than all"),
         (["--data_dir", tmp_path / "bare"], "no parameter place_x of its images"),
         (["--parameters", "place_z"], "no parameter place_z of its images; there are place_x, place_y"),
         (["--parameters", "place_x,place_x"], "is not a list of different names"),

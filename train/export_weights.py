@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
-from models.checkpoint import load_checkpoint, save_weights
+from models.checkpoint import PARTS, load_checkpoint, save_weights
 from models.classifier import load_classifier
 from models.generator import build_generator
 from models.regressor import load_regressor
@@ -38,12 +38,15 @@ def main() -> None:
     else:
         network = build_generator(content, CHECKPOINT_PATH)
         plain |= network.description()
-        codec = network.codec.state_dict() if network.codec else {}
-        weights = network.network.state_dict() | {f"codec.{name}": value for name, value in codec.items()}
+        weights = network.network.state_dict()
+        for part in PARTS:
+            own = of_part.state_dict() if (of_part := getattr(network, part)) else {}
+            weights |= {f"{part}.{name}": value for name, value in own.items()}
     # Not the running averages of batch normalization: rounded, they hide the faint light that tells classes apart
-    buffers = {name for name, _ in network.named_buffers()}
-    halved = {name for name in weights if fnmatch(name, HALVED) and name not in buffers}
-    weights = {name: value.half() if name in halved else value for name, value in weights.items()}
+    whole = {name for name, _ in network.named_buffers()}
+    for name, value in weights.items():
+        if fnmatch(name, HALVED) and name not in whole and value.is_floating_point():
+            weights[name] = value.half()
     save_weights(OUTPUT_PATH, weights, **plain)
     print(f"{OUTPUT_PATH}: {Path(OUTPUT_PATH).stat().st_size / 1e6:.1f} MB")
 

@@ -33,6 +33,7 @@ from models import flow
 from models.checkpoint import load_checkpoint
 from models.components import PrincipalComponents
 from models.generator import SIZES, Generator, build_generator, build_untrained, of_today
+from models.population import Population
 from parameters import Parameter, are_of, fit, name_of
 from settings import (
     Count,
@@ -78,7 +79,7 @@ WEIGHT_DECAY: NotNegative = 0.01  # Of AdamW
 ADAM_BETA2: Fraction = 0.999  # Of AdamW; 0.99 for runs of a few thousand steps
 MAX_GRAD_NORM: Positive = 1.0  # Gradients are clipped to this norm
 LABEL_DROPOUT: Fraction = 0.1  # Share of labels hidden in training, with all parameters; guidance needs it
-PARAMETER_DROPOUT: Fraction = 0.6  # Share of images that lose parameters, a third of them all: any subset serves
+PARAMETER_DROPOUT: Fraction = 0.1  # Share of images that lose some of their parameters, as if no table had them
 TIME_SAMPLING: Literal["uniform", "logit_normal"] = "uniform"  # "logit_normal" for short runs with PREDICTION = "image"
 TIME_MEDIAN: InnerFraction = 0.69  # Of "logit_normal"; 0.3 for ComponentMLP, whose images are made by the last steps
 TIME_WIDTH: Positive = 0.8  # Likewise; 2 for ComponentMLP
@@ -127,6 +128,10 @@ def main() -> None:
     guidance = CFG_SCALE if len(images.classes) > 1 else 1.0  # of one class, there is nothing to be truer to
     generator.sampler = flow.Sampler(NUM_ODE_STEPS, guidance, SOLVER, TIME_GRID, TOLERANCE, LAST_TIME)
     run.content |= {"sampler": asdict(generator.sampler)}
+    phases = generator.phases_of(images)
+    if phases is not None:
+        generator.population = Population.of(images.labels, phases, generator.lens_parameters)
+        run.content |= {"population_state_dict": generator.population.state_dict()}
     announce(generator, EPOCHS * len(images))
 
     ema = EMA(network, beta=EMA_BETA, update_every=EMA_UPDATE_EVERY, include_online_model=False)
@@ -147,7 +152,6 @@ def main() -> None:
         images.images = torch.cat([generator.encode(part.to(device)).cpu() for part in parts])
     images.to(device)
     averaged = generator.with_network(ema.ema_model)
-    phases = generator.phases_of(images)
     run.untrained = validation_loss(generator, lambda z, t, labels: torch.zeros_like(z), validation)
 
     for epoch in run.remaining_epochs():
@@ -222,8 +226,6 @@ def check_settings(num_images: int) -> None:
         raise InputError(f"EMA_UPDATE_EVERY {EMA_UPDATE_EVERY} is more than all steps: the EMA would stay untrained", 2)
     if CFG_SCALE != 1 and LABEL_DROPOUT == 0:
         raise InputError(f"CFG_SCALE {CFG_SCALE:g} needs hidden labels: raise LABEL_DROPOUT, or take CFG_SCALE 1", 2)
-    if PARAMETERS and PARAMETER_DROPOUT == 0:
-        raise InputError("PARAMETER_DROPOUT 0: nobody could ask for less than all PARAMETERS; 0.1 is little", 2)
     if WARMUP_EPOCHS >= EPOCHS:
         raise InputError(
             f"WARMUP_EPOCHS {WARMUP_EPOCHS:g} must be less than EPOCHS {EPOCHS}: the rate never gets there", 2
@@ -364,7 +366,7 @@ def draw_condition(
     if phases is None:
         return labels
     phases = phases[batch.cpu()].to(labels.device)
-    known = flow.hide(phases, generator.network.config["objects"], PARAMETER_DROPOUT, random)
+    known = flow.hide(phases, PARAMETER_DROPOUT, random)
     return generator.condition(labels, known.masked_fill((labels == null_label)[:, None], math.nan))
 
 

@@ -1,0 +1,129 @@
+"""What nobody asks for is that of a training lens, and fits what is asked for."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+from test_condition import KNOWN, MODELS, NAMES
+from test_parameters import parameter
+
+from models.checkpoint import save_checkpoint
+from models.generator import load_model
+from models.population import Population
+from settings import InputError
+
+NAN = math.nan
+LINEAR = parameter(name="a"), parameter(name="b"), parameter(name="c")
+
+
+def normal(n, *columns, seed=0):
+    """Columns of independent normal numbers, by their deviations."""
+    return torch.randn(n, len(columns), generator=torch.Generator().manual_seed(seed)) * torch.tensor(columns)
+
+
+def test_all_that_is_free_is_of_one_training_lens_of_the_class():
+    phases = torch.arange(60.0).view(20, 3) * 10
+    phases[:, 2] = NAN
+    labels = torch.arange(20) % 2
+    population = Population.of(labels, phases, LINEAR)
+    wanted = torch.tensor([0, 1, 1, 0] * 500)
+    found = population.fill(wanted, None, seed=3)
+    assert found[:, 2].isnan().all()  # no lens has it
+    lens = (found[:, 0] / 30).round().long()
+    assert torch.equal(lens % 2, wanted)
+    assert torch.bincount(lens).min() > 60  # of 100
+    moved = found[:, :2] - phases[lens, :2]
+    assert moved.std(0).tolist() == pytest.approx([0.025, 0.025], rel=0.1)
+    assert abs(np.corrcoef(moved.T)[0, 1]) < 0.1
+
+
+def test_an_image_takes_the_same_lens_whatever_is_asked_for_and_wherever_it_is_made():
+    population = Population.of(torch.zeros(100, dtype=torch.long), normal(100, 0.5, 0.5, 0.5), LINEAR)
+    labels = torch.zeros(20, dtype=torch.long)
+    free = population.fill(labels, None, 5)
+    assert torch.equal(population.fill(labels[:7], None, 5, first=13), free[13:])
+    assert not torch.equal(population.fill(labels, None, 6), free)
+    asked = torch.full((20, 3), NAN)
+    asked[::2, 1] = 0.3
+    found = population.fill(labels, asked, 5)
+    assert torch.equal(found[1::2], free[1::2])
+    assert (found[::2, 1] == 0.3).all()
+    assert (found[::2, [0, 2]] - free[::2, [0, 2]]).abs().max() < 0.5  # by the slopes of 100 lenses, which is chance
+    assert torch.equal(population.fill(labels, free, 5), free)
+
+
+def test_normal_parameters_have_the_law_that_they_have_where_others_are_known():
+    """Against the closed form: mean slope * x and variance 1 - rho^2."""
+    z = normal(5000, 0.5, 0.5, 0.5)
+    phases = torch.stack([z[:, 0], 0.8 * z[:, 0] + 0.6 * z[:, 1], z[:, 2]], 1)
+    population = Population.of(torch.zeros(5000, dtype=torch.long), phases, LINEAR)
+    asked = torch.full((20_000, 3), NAN)
+    asked[:, 0] = 0.7
+    found = population.fill(torch.zeros(20_000, dtype=torch.long), asked, 0)
+    assert (found[:, 0] == asked[:, 0]).all()
+    np.testing.assert_allclose(found[:, 1:].mean(0), [0.8 * 0.7, 0], atol=0.03)
+    np.testing.assert_allclose(found[:, 1:].std(0), [0.6 * 0.5, 0.5], atol=0.015)
+    asked[:, 1], asked[:, 0] = -0.4, NAN
+    found = population.fill(torch.zeros(20_000, dtype=torch.long), asked, 0)
+    np.testing.assert_allclose(found[:, 0].mean(), 0.8 * -0.4, atol=0.03)
+
+
+def test_what_follows_from_others_follows_and_angles_count_by_their_waves():
+    z = normal(3000, 0.5, 0.5)
+    angle = torch.rand(3000, generator=torch.Generator().manual_seed(1)) * 6.283 - 10
+    phases = torch.stack([z[:, 0], angle, z[:, 0] + angle.cos()], 1)
+    known = (LINEAR[0], parameter("angle", name="angle", mean=0.0, deviation=1.0, period=6.283), LINEAR[2])
+    population = Population.of(torch.zeros(3000, dtype=torch.long), phases, known)
+    asked = torch.tensor([[0.2, 0.5, NAN], [0.2, 0.5 + 2 * math.pi, NAN], [0.2, 3.0, NAN], [NAN, NAN, 1.0]] * 100)
+    found = population.fill(torch.zeros(400, dtype=torch.long), asked, 0).view(100, 4, 3)
+    np.testing.assert_allclose(found[:, :3, 2].mean(0), [0.2 + math.cos(0.5)] * 2 + [0.2 + math.cos(3)], atol=0.03)
+    assert found[:, :3, 2].std(0).max() < 0.05
+    free = population.fill(torch.zeros(400, dtype=torch.long), None, 0).view(100, 4, 3)
+    assert torch.equal(found[:, 3, 1], free[:, 3, 1])  # a free angle is that of its lens
+
+
+def test_values_that_are_missing_stay_so_and_a_class_without_lenses_has_none():
+    phases = normal(1000, 0.5, 0.5, 0.5)
+    phases[torch.arange(1000) % 4 == 0, 1] = NAN
+    population = Population.of(torch.zeros(1000, dtype=torch.long), phases, LINEAR)
+    labels = torch.tensor([0] * 2000 + [1] * 10)
+    asked = torch.full((2010, 3), NAN)
+    asked[:1000, 0] = 0.1
+    asked[-1, 0] = 0.1
+    found = population.fill(labels, asked, 0)
+    assert found[:2000, [0, 2]].isfinite().all()
+    assert found[:2000, 1].isnan().double().mean() == pytest.approx(0.25, abs=0.04)
+    assert torch.equal(found[2000:].nan_to_num(9), asked[2000:].nan_to_num(9))
+
+
+@MODELS
+def test_a_generator_draws_what_its_population_says(build, tmp_path):
+    model = build()
+    labels = torch.tensor([0, 2, 1, 1])
+    asked = torch.full((4, len(NAMES)), NAN)
+    asked[0, 0], asked[2, 3] = 0.4, -0.2
+    without = model.generate(labels, seed=1, phases=asked)
+    model.population = Population.of(torch.arange(300) % 3, normal(300, *[0.5] * 5), KNOWN)
+    full = model.population.fill(labels, asked, 1, 10)
+    found = model.generate(labels, seed=1, first=10, phases=asked)
+    assert torch.equal(model.with_network(model.network).generate(labels, seed=1, first=10, phases=asked), found)
+    torch.testing.assert_close(model.generate(labels, seed=1, first=10, phases=full), found)
+    assert not torch.allclose(model.generate(labels, seed=1, phases=asked), without, atol=1e-2)
+
+    codec = {} if model.codec is None else {"codec_state_dict": model.codec.state_dict()}
+    content = {"model_state_dict": model.network.state_dict(), **codec, **model.description(), "sampler": {}}
+    kept = model.population.state_dict()
+    save_checkpoint(tmp_path / "c.pt", **content, population_state_dict=kept)
+    run_script(
+        "train/export_weights.py",
+        *("--checkpoint_path", tmp_path / "c.pt", "--output_path", tmp_path / "c.safetensors", "--halved", "*"),
+    )
+    for name in ("c.pt", "c.safetensors"):
+        loaded = load_model(tmp_path / name, "cpu").population
+        assert torch.equal(loaded.fill(labels, asked, 1, 10), full)
+    for damaged in ({"phases": kept["phases"][:, :3]}, {"labels": kept["labels"].float()}, {"phases": 3}):
+        save_checkpoint(tmp_path / "d.pt", **content, population_state_dict=kept | damaged)
+        with pytest.raises(InputError, match="configuration is not that of a generator"):
+            load_model(tmp_path / "d.pt", "cpu")
