@@ -84,6 +84,7 @@ class Population:
             )
 
         x, y = ((of - of.nanmean(0)).nan_to_num().double() for of in (features(lenses), lenses))
-        slopes = torch.linalg.solve(x.T @ x + _RIDGE * len(x) * torch.eye(x.shape[1]), x.T @ y)
+        known = lenses.isfinite().double().mean(0).clamp_min(1 / len(lenses))  # where x and y are, y being 0 elsewhere
+        slopes = torch.linalg.solve(x.T @ x + _RIDGE * len(x) * torch.eye(x.shape[1]), x.T @ y / known)
         step = (features(asked) - features(taken)).nan_to_num().double()
         return (step @ slopes).float().masked_fill(angle, 0)
