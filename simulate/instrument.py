@@ -198,7 +198,9 @@ def description(name: str, dataset: NpyDataset, observer: Observer) -> str:
     """What an instrument does to images, in a sentence."""
     seen, bright = observer.observation, observer.peak or observer.unit * float(np.median(dataset.high - dataset.low))
     noise = math.hypot(seen.sky_noise, seen.shot_noise * math.sqrt(bright)) / bright
+    taken = f"; taken for sharp light in counts per second, {seen.pixel_scale:g} arcsec a pixel: no recipe is known"
     return (
         f"As {name} sees them: {bright:.3g} counts per second in the brightest pixel, noise of "
         f"{seen.sky_noise / bright:.2%} of that in the sky and {noise:.2%} there, blurred by {seen.blur:.2g} pixels"
+        f"{'' if recipe_of(*origin_of(dataset)) else taken}"
     )

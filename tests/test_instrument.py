@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 
 from dataset import NpyDataset
 from settings import InputError
-from simulate.instrument import INSTRUMENTS, Instrument, Observation, Observer, observer_of, seeded_noise
+from simulate.instrument import INSTRUMENTS, Instrument, Observation, Observer, observer_of, observers_of, seeded_noise
 from simulate.recipes import MODEL_II
 
 PINNED = {  # sky noise in counts per second a pixel, and total exposure, by hand from what lenstronomy's versions say
@@ -128,16 +128,20 @@ def test_images_with_noise_are_refused(shared):
         observer_of(data, "hst")
 
 
-def test_lengths_are_those_of_files_or_recipe_or_else_of_the_instrument(lens_data, tmp_path):
+def test_lengths_are_those_of_files_or_recipe_or_else_of_the_instrument(lens_data, tmp_path, capsys):
     data = NpyDataset(lens_data)
     assert observer_of(data, "hst").observation == Observation(INSTRUMENTS["hst"], 0.101, 0.16)
     data.pixel_scale = 0.2  # as FITS headers say
     assert observer_of(data, "hst").observation.pixel_scale == 0.2
     (tmp_path / "a").mkdir()
     np.save(tmp_path / "a" / "0.npy", np.random.default_rng(0).random((16, 16)))
-    found = observer_of(NpyDataset(tmp_path), "hst")
+    found = observer_of(unknown := NpyDataset(tmp_path), "hst")
     assert found.observation == Observation(INSTRUMENTS["hst"], 0.08, 0.0)
     assert found.unit == 1
+    observers_of(unknown, "hst", None, 0, 1)
+    assert "taken for sharp light in counts per second, 0.08 arcsec a pixel: no recipe" in capsys.readouterr().out
+    observers_of(data, "hst", None, 0, 1)
+    assert "taken for" not in capsys.readouterr().out
 
 
 def test_each_observation_of_one_image_is_another():
