@@ -6,14 +6,16 @@ Andridge & Little 2010, doi:10.1111/j.1751-5823.2010.00103.x), moved along a lin
 (Beaumont et al. 2002, doi:10.1093/genetics/162.4.2025, Eq. 3), and a little by chance, so that no lens comes twice.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dataset import some_of_each_class
-from models.flow import noise_images
 from parameters import Parameter
 
 _MOST = 5000  # lenses of a class
@@ -58,18 +60,26 @@ class Population:
         Image k of a seed, counted from ``first``, takes over the same lens whatever is asked for.
         """
         filled = torch.full((len(labels), len(self.parameters)), torch.nan) if asked is None else asked.clone()
+        chance = _uniform((len(labels), 1 + len(self.parameters)), seed, first)
         kinds, of_kind = torch.cat([labels[:, None], filled.isfinite()], 1).unique(dim=0, return_inverse=True)
         for kind, (label, *given) in enumerate(kinds.tolist()):
-            lenses = self.phases[self.labels == label].float()
             given = torch.tensor(given, dtype=torch.bool)
-            if not lenses[:, ~given].isfinite().any():
+            lenses, known = self._of_classes.get(label, (self.phases[:0], given))
+            if not (known & ~given).any():
                 continue
             here = torch.nonzero(of_kind == kind)[:, 0]
-            chance = noise_images((1 + len(given),), seed, (first + here).tolist(), stream=2)
-            taken = lenses[(torch.special.ndtr(chance[:, 0]) * len(lenses)).long().clamp_max(len(lenses) - 1)]
-            moved = taken + self._moves(lenses, given, taken, filled[here]) + _CHANCE * chance[:, 1:]
+            taken = lenses[(chance[here, 0] * len(lenses)).long()]
+            moved = taken + _CHANCE * torch.special.ndtri(chance[here, 1:]).float()
+            if given.any():
+                moved += self._moves(lenses, given, taken, filled[here])
             filled[here] = torch.where(given, filled[here], moved)
         return filled
+
+    @cached_property
+    def _of_classes(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Phases of the lenses of each class, and which of these any lens has."""
+        lenses = {label: self.phases[self.labels == label].float() for label in self.labels.unique().tolist()}
+        return {label: (of_class, of_class.isfinite().any(0)) for label, of_class in lenses.items()}
 
     def _moves(self, lenses: Tensor, given: Tensor, taken: Tensor, asked: Tensor) -> Tensor:
         """How far parameters of lenses ``taken`` move with those that are ``given`` and ``asked`` to be others.
@@ -88,3 +98,13 @@ class Population:
         slopes = torch.linalg.solve(x.T @ x + _RIDGE * len(x) * torch.eye(x.shape[1]), x.T @ y / known)
         step = (features(asked) - features(taken)).nan_to_num().double()
         return (step @ slopes).float().masked_fill(angle, 0)
+
+
+def _uniform(shape: tuple[int, int], seed: int, first: int) -> Tensor:
+    """Numbers from 0 to 1 for images first, first + 1, ..., (n, m) float64, which follow from seed and image alone."""
+    count, size = shape
+    blocks = math.ceil(
+        size / 4
+    )  # of four numbers; Philox can begin at any (doi:10.1145/2063384.2063405)
+    random = np.random.Philox(np.random.SeedSequence([seed, 2])).advance(first * blocks)
+    return torch.from_numpy(np.random.Generator(random).random((count, 4 * blocks))[:, :size]).clamp_min(1e-12)
