@@ -166,3 +166,15 @@ def test_few_small_images_have_noise_too(count):
     codec = PrincipalComponents.fitted(2 * images - 1, 512)
     white = [torch.randn(images.shape)] if codec.noise else []
     assert codec.decode(codec.encode(2 * images - 1), *white).isfinite().all()
+
+
+def test_noise_levels_and_peaks_that_no_image_has_spoil_none(codec_and_images):
+    codec, images = codec_and_images
+    coefficients = codec.encode(2 * images[:4] - 1)
+    white = torch.randn(images[:4].shape, generator=torch.Generator().manual_seed(0))
+    unit = codec.standard_deviation[-3:]
+    for far in ([-8.4, -4.8, 9.1], [9.0, 9.0, 30.0]):
+        coefficients[:, -3:] = torch.tensor(far) * unit
+        spoiled = codec.decode(coefficients, white)
+        coefficients[:, -3:] = torch.tensor(far).clamp(-4, 4) * unit
+        assert torch.equal(spoiled, codec.decode(coefficients, white))
