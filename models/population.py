@@ -103,8 +103,6 @@ class Population:
 def _uniform(shape: tuple[int, int], seed: int, first: int) -> Tensor:
     """Numbers from 0 to 1 for images first, first + 1, ..., (n, m) float64, which follow from seed and image alone."""
     count, size = shape
-    blocks = math.ceil(
-        size / 4
-    )  # of four numbers; Philox can begin at any (doi:10.1145/2063384.2063405)
+    blocks = math.ceil(size / 4)  # of four numbers; Philox can begin at any (doi:10.1145/2063384.2063405)
     random = np.random.Philox(np.random.SeedSequence([seed, 2])).advance(first * blocks)
     return torch.from_numpy(np.random.Generator(random).random((count, 4 * blocks))[:, :size]).clamp_min(1e-12)
