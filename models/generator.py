@@ -48,6 +48,7 @@ SIZES = {
     "NanoDiT-B/4": _B | {"patch_size": 4},
     "NanoDiT-S/8": _S | {"patch_size": 8},
     "NanoDiT-S/16": _S | {"patch_size": 16},
+    "ComponentMLP-1024": _MLP | {"components": 1024, "hidden_size": 512},
     "ComponentMLP-512": _MLP | {"components": 512},
 }
 _BY_IMAGE = Scaling()  # as the published code has it

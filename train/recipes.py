@@ -52,7 +52,8 @@ RECIPES: Recipes = {
     "hour": {
         "train_diffusion": _COMPONENTS
         | {
-            "EPOCHS": 1500,
+            "MODEL_SIZE": "ComponentMLP-1024",
+            "EPOCHS": 800,
             "NUM_ODE_STEPS": 12,
             "LAST_TIME": 0.01,
             "SAMPLE_INTERVAL": 100,
