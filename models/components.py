@@ -31,6 +31,7 @@ _FAINTEST = 0.2  # of the brightest component: with less, the bright ones are le
 # where there is no light, or at the highest frequencies (from a share of the largest on); the latter are told from
 # structure only where they are more than 2% of the light
 _WHITE, _HIGHEST, _IN_SKY, _NOISY = 0.1, 0.8, 0.001, 0.02
+_NOISE_OF = 4  # pixels to a component of noisy images; more components leave too little to learn the law of noise from
 EXTRA = 3  # coefficients of a noisy image beside those of its components
 _UNHEARD = 4.0  # deviations of these that no image has; one generated in a thousand went astray in them
 _QUARTER = 4  # the faintest and the brightest part of an image, on average, are so many of all pixels
@@ -80,21 +81,26 @@ class PrincipalComponents(nn.Module):
         brightness = _brightness(images).square().mean().sqrt() if keeps_flux else None
         light = _light(images, brightness)
         mean = light.mean(0)
-        size = min(size, len(light) // 2, light.shape[1])
+        size, pixels = min(size, len(light) // 2, light.shape[1]), light.shape[1]
 
-        def fit(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def fit(images: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
             vectors = torch.pca_lowrank(images, size, center=False)[2]
             coefficients = (light - mean) @ vectors
             return vectors, coefficients, light - mean - coefficients @ vectors.T
 
-        vectors, coefficients, left = fit(light - mean)
-        white = _white_noise(left.view(images.shape)) * len(light) / (len(light) - size)
+        fewer = min(size, pixels // 2)  # all of them would leave nothing over to tell noise by
+        vectors, coefficients, left = fit(light - mean, fewer)
+        white = _white_noise(left.view(images.shape)) * len(light) / (len(light) - fewer)
         power = left.square().mean(0)
         sky = power[mean.argsort()[: len(mean) // 10]].mean()  # where there is no light, structure has none to leave
         share, least = power.mean() / light.square().mean(), _WHITE * power.mean()
         noisy = bool((sky > least and share > _IN_SKY**2) or (white.mean() > least and share > _NOISY**2))
         if noisy:
-            vectors, coefficients, left = fit(_without_noise((light - mean).view(images.shape), white).flatten(1))
+            size = max(1, min(size, pixels // _NOISE_OF))
+            quiet = _without_noise((light - mean).view(images.shape), white).flatten(1)
+            vectors, coefficients, left = fit(quiet, size)
+        elif fewer < size:
+            vectors, coefficients, left = fit(light - mean, size)
         codec = cls(images.shape[1:], size, noisy, keeps_flux)
         if keeps_flux:
             codec.brightness.copy_(brightness)

@@ -178,3 +178,15 @@ def test_noise_levels_and_peaks_that_no_image_has_spoil_none(codec_and_images):
         spoiled = codec.decode(coefficients, white)
         coefficients[:, -3:] = torch.tensor(far).clamp(-4, 4) * unit
         assert torch.equal(spoiled, codec.decode(coefficients, white))
+
+
+@pytest.mark.parametrize("size", [100, 300, 1000])
+def test_as_many_components_as_pixels_leave_noise_to_be_learned(size, kind):
+    """Noisy images keep three pixels in four for the law of their noise; clean ones may have all of their pixels."""
+    light = smooth_images(1200)
+    codec = PrincipalComponents.fitted(2 * normalize(noise_of(kind, light, seed=1)) - 1, size)
+    assert codec.config == {"noisy": True}
+    assert codec.vectors.shape == (SIZE**2, min(size, SIZE**2 // 4))
+    clean = PrincipalComponents.fitted(2 * normalize(light) - 1, size)
+    assert clean.config == {}
+    assert clean.vectors.shape == (SIZE**2, min(size, SIZE**2))
