@@ -1,6 +1,7 @@
 """The checkpoint format: a dictionary saved by torch, with the network's own configuration inside.
 
-``model_state_dict``, ``ema_state_dict`` (ema-pytorch's), what ``Generator.description`` says, and what training needs.
+``model_state_dict``, ``ema_state_dict`` (ema-pytorch's), ``codec_state_dict`` and ``population_state_dict`` of a
+generator that has them, what ``Generator.description`` says, and what training needs.
 Files of the published code, without a configuration and with NumPy scalars among their numbers, load too, and so do
 ``.safetensors`` files, which hold the weights to use and how they were made. No file can run code, and none can make
 the reader allocate more than a few times its own size: see ``load_checkpoint``.
@@ -150,7 +151,7 @@ def _read_safetensors(path: str | Path, device: str | torch.device) -> dict[str,
 
 
 def _apart(content: dict[str, Any]) -> dict[str, Any]:
-    """The weights of PARTS, which a .safetensors file holds beside those of the network, in places of their own."""
+    """The tensors of PARTS, which a .safetensors file holds beside those of the network, in places of their own."""
     for part in PARTS:
         weights, prefix = content["model_state_dict"], f"{part}."
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

@@ -33,7 +33,7 @@ _FAINTEST = 0.2  # of the brightest component: with less, the bright ones are le
 _WHITE, _HIGHEST, _IN_SKY, _NOISY = 0.1, 0.8, 0.001, 0.02
 _NOISE_OF = 4  # pixels to a component of noisy images; more components leave too little to learn the law of noise from
 EXTRA = 3  # coefficients of a noisy image beside those of its components
-_UNHEARD = 4.0  # deviations of these that no image has; one generated in a thousand went astray in them
+_FARTHEST = 5.0  # deviations of these that an image may have: one in a thousand was drawn with 9, and spoiled
 _QUARTER = 4  # the faintest and the brightest part of an image, on average, are so many of all pixels
 _LEADING, _OCTAVES = 5, 4  # components that the network also sees as Fourier features, and wavelengths of each
 
@@ -145,7 +145,7 @@ class PrincipalComponents(nn.Module):
             light = light.clamp_min(0) if self.brightness is None else light
         else:
             mean, deviation = self.extra
-            extra = (coefficients[:, -EXTRA:] / self.standard_deviation[-EXTRA:]).clamp(-_UNHEARD, _UNHEARD)
+            extra = (coefficients[:, -EXTRA:] / self.standard_deviation[-EXTRA:]).clamp(-_FARTHEST, _FARTHEST)
             extra = extra * deviation + mean
             level, peak = extra.exp().split([2, 1], 1)
             noise = self.noise.draw(self._as_images(smooth), level, white).flatten(1) - smooth

@@ -95,8 +95,10 @@ def drop_labels(labels: Tensor, null_label: int, probability: float, random: tor
 
 
 def hide(phases: Tensor, share: float, random: torch.Generator) -> Tensor:
-    """Makes parameters (n, parameters) of a share of the images unknown, NaN, as labels are hidden: of each of these,
-    every one with the same probability, which is drawn for the image."""
+    """Makes some or all parameters (n, parameters) of a share of the images unknown, NaN.
+
+    How likely a parameter is to go is drawn for the image, uniformly from 0 to 1.
+    """
 
     def draw(*shape: int) -> Tensor:
         return torch.rand(len(phases), *shape, generator=random, device=random.device)

@@ -71,7 +71,8 @@ class Generator(nn.Module):
         lens_parameters: physical ones that the network can be told, in order; none for most.
 
     Attributes:
-        population: lenses that say what is not asked for; None, where the network has to know.
+        population: training lenses, whose parameters are taken over where none are asked for; None leaves these to the
+            network.
     """
 
     _compiler: Callable[[Callable], Callable] = staticmethod(lambda function: function)

@@ -1,9 +1,9 @@
 """What is not asked for: training lenses, whose parameters a new lens takes over where nobody gives them.
 
 A network that is told all parameters draws the very lens; one that is told a few would have to invent the others, and
-does so with too little variety. Hence they are drawn before it begins: from a training lens of the class (a "hot deck",
-Andridge & Little 2010, doi:10.1111/j.1751-5823.2010.00103.x), moved along a linear regression to what is asked for
-(Beaumont et al. 2002, doi:10.1093/genetics/162.4.2025, Eq. 3), and a little by chance, so that no lens comes twice.
+does so with too little variety. Hence they are drawn before it begins, from a training lens of the class (a "hot deck",
+Andridge & Little 2010, doi:10.1111/j.1751-5823.2010.00103.x). It is one of those of which the given parameters say the
+same as of the lens that is asked for ("predictive mean matching", Little 1988, doi:10.1080/07350015.1988.10509663).
 """
 
 import math
@@ -18,9 +18,12 @@ from torch import Tensor
 from dataset import some_of_each_class
 from parameters import Parameter
 
-_MOST = 5000  # lenses of a class
-_CHANCE = 0.025  # standard deviation of what is added to a phase: a twentieth of that of the phases themselves
-_RIDGE = 1e-3  # of the variances: keeps slopes finite where parameters say the same
+_MOST = 10_000  # lenses of a class
+_ALIKE = 100  # lenses to choose from, where what is given says anything of what is not
+_CHANCE = 0.025  # standard deviation of what is added to a phase, so that lenses are not drawn again as they are
+_RIDGE = 1e-6  # of the variances: keeps slopes finite where parameters say the same
+_SIGNIFICANT = 4.0  # standard errors that a slope must differ from 0 by
+_LARGEST = 1e6  # phase of a lens
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Population:
         parameters: what these are.
 
     Raises:
-        ValueError: where the three do not fit together.
+        ValueError: where the three do not fit together, or phases are none.
     """
 
     labels: Tensor
@@ -42,14 +45,19 @@ class Population:
 
     def __post_init__(self):
         shape = (len(self.labels), len(self.parameters))
-        if self.phases.shape != shape or self.labels.shape != shape[:1] or self.labels.is_floating_point():
+        integers = self.labels.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+        numbers = self.phases.is_floating_point() and not (self.phases.abs() > _LARGEST).any()
+        if not (integers and numbers) or self.phases.shape != shape or self.labels.shape != shape[:1]:
             raise ValueError(f"not {len(self.parameters)} parameters of lenses")
 
     @classmethod
     def of(cls, labels: Tensor, phases: Tensor, parameters: Sequence[Parameter]) -> "Population":
-        """Some of the lenses (n,) of a training set; their phases (n, parameters) need no more than half precision."""
-        some = some_of_each_class(labels.cpu(), _MOST)
-        return cls(labels.cpu()[some].short(), phases[some].half(), parameters)
+        """Some of the lenses (n,) of a training set of which anything is known; phases are (n, parameters)."""
+        known = torch.nonzero(phases.isfinite().any(1))[:, 0]
+        some = known[some_of_each_class(labels.cpu()[known], _MOST)]
+        angle = torch.tensor([of.scale == "angle" for of in parameters])
+        phases = torch.where(angle, phases[some].remainder(2 * math.pi), phases[some])
+        return cls(labels.cpu()[some].short(), phases.half(), parameters)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"labels": self.labels, "phases": self.phases}
@@ -57,47 +65,77 @@ class Population:
     def fill(self, labels: Tensor, asked: Tensor | None, seed: int, first: int = 0) -> Tensor:
         """Draws what is NaN of phases (n, parameters), or all of them; what no lens of a class has stays NaN.
 
-        Image k of a seed, counted from ``first``, takes over the same lens whatever is asked for.
+        Image k of a seed, counted from ``first``, takes over the same lens as long as what is given says nothing of
+        what is not.
         """
-        filled = torch.full((len(labels), len(self.parameters)), torch.nan) if asked is None else asked.clone()
-        chance = _uniform((len(labels), 1 + len(self.parameters)), seed, first)
+        labels, size = labels.cpu(), len(self.parameters)
+        filled = torch.full((len(labels), size), torch.nan) if asked is None else asked.cpu().float().clone()
+        chance = _uniform((len(labels), 1 + size), seed, first)
         kinds, of_kind = torch.cat([labels[:, None], filled.isfinite()], 1).unique(dim=0, return_inverse=True)
         for kind, (label, *given) in enumerate(kinds.tolist()):
             given = torch.tensor(given, dtype=torch.bool)
-            lenses, known = self._of_classes.get(label, (self.phases[:0], given))
-            if not (known & ~given).any():
+            if label not in self._classes or not (self._classes[label].known & ~given).any():
                 continue
-            here = torch.nonzero(of_kind == kind)[:, 0]
-            taken = lenses[(chance[here, 0] * len(lenses)).long()]
-            moved = taken + _CHANCE * torch.special.ndtri(chance[here, 1:]).float()
-            if given.any():
-                moved += self._moves(lenses, given, taken, filled[here])
-            filled[here] = torch.where(given, filled[here], moved)
+            lenses, here = self._classes[label], torch.nonzero(of_kind == kind)[:, 0]
+            taken = lenses.phases[lenses.alike(given, filled[here], chance[here, 0])]
+            drawn = taken + _CHANCE * torch.special.ndtri(chance[here, 1:]).float()
+            filled[here] = torch.where(given, filled[here], drawn)
         return filled
 
     @cached_property
-    def _of_classes(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Phases of the lenses of each class, and which of these any lens has."""
-        lenses = {label: self.phases[self.labels == label].float() for label in self.labels.unique().tolist()}
-        return {label: (of_class, of_class.isfinite().any(0)) for label, of_class in lenses.items()}
-
-    def _moves(self, lenses: Tensor, given: Tensor, taken: Tensor, asked: Tensor) -> Tensor:
-        """How far parameters of lenses ``taken`` move with those that are ``given`` and ``asked`` to be others.
-
-        By the regression of all on the given ones over ``lenses``. Angles are given as sine and cosine, and move none.
-        """
+    def _classes(self) -> dict[int, "_Class"]:
         angle = torch.tensor([of.scale == "angle" for of in self.parameters])
+        return {label: _Class(self.phases[self.labels == label], angle) for label in self.labels.unique().tolist()}
 
-        def features(phases: Tensor) -> Tensor:
-            return torch.cat(
-                [phases[:, given & ~angle], *(wave(phases[:, given & angle]) for wave in (torch.sin, torch.cos))], 1
-            )
 
-        x, y = ((of - of.nanmean(0)).nan_to_num().double() for of in (features(lenses), lenses))
-        known = lenses.isfinite().double().mean(0).clamp_min(1 / len(lenses))  # where x and y are, y being 0 elsewhere
-        slopes = torch.linalg.solve(x.T @ x + _RIDGE * len(x) * torch.eye(x.shape[1]), x.T @ y / known)
-        step = (features(asked) - features(taken)).nan_to_num().double()
-        return (step @ slopes).float().masked_fill(angle, 0)
+class _Class:
+    """Lenses of a class, and what their parameters say of each other by linear regression.
+
+    Args:
+        phases: (lenses, parameters).
+        angle: which parameters are angles, whose sine and cosine count, (parameters,).
+    """
+
+    def __init__(self, phases: Tensor, angle: Tensor):
+        self.phases, self.angle = phases.float(), angle
+        self.known = self.phases.isfinite().any(0)
+        places = torch.arange(len(angle))
+        self.owner = torch.cat([places[~angle], places[angle], places[angle]])  # parameter of each feature
+        self.features = self._features(self.phases)
+        x, there = self.features - self.features.nanmean(0), self.features.isfinite().double()
+        self.pairs = (there.T @ there).clamp_min(1)  # lenses of which both are known
+        self.moments = x.nan_to_num().T @ x.nan_to_num() / self.pairs
+
+    def _features(self, phases: Tensor) -> Tensor:
+        angles = phases[:, self.angle].double()
+        return torch.cat([phases[:, ~self.angle].double(), angles.sin(), angles.cos()], 1)
+
+    def alike(self, given: Tensor, asked: Tensor, chance: Tensor) -> Tensor:
+        """The lens that each image takes over, (n,): by a ``chance`` (n,) from 0 to 1, one that is alike.
+
+        Alike are those for which the ``given`` parameters predict nearly what they do for what is ``asked`` (n,
+        parameters), or all where they predict nothing.
+        """
+        slopes = self._slopes(given[self.owner])
+        if not slopes.any():
+            return (chance * len(self.phases)).long()
+        predicted, found = self.features[:, given[self.owner]] @ slopes, []
+        wanted = self._features(asked)[:, given[self.owner]] @ slopes
+        for some, of_some in zip(wanted.split(1024), chance.split(1024), strict=True):
+            distance = torch.cdist(some, predicted).nan_to_num(math.inf)  # of lenses that lack what is given
+            alike = distance <= distance.kthvalue(min(_ALIKE, len(predicted)), 1, True).values
+            number = (of_some * alike.sum(1)).long()
+            found.append((alike.cumsum(1) > number[:, None]).int().argmax(1))
+        return torch.cat(found)
+
+    def _slopes(self, given: Tensor) -> Tensor:
+        """Slopes (given, others) of the other features by the given ones, 0 where they may well be chance."""
+        among, across = self.moments[given][:, given], self.moments[given][:, ~given]
+        inverse = torch.linalg.pinv(among + _RIDGE * torch.diag(among.diagonal()), hermitian=True)
+        slopes = inverse @ across
+        left = (self.moments.diagonal()[~given] - (slopes * across).sum(0)).clamp_min(0)
+        error = (inverse.diagonal()[:, None] * left / self.pairs[given][:, ~given]).sqrt()
+        return slopes.where(slopes.abs() > _SIGNIFICANT * error, 0.0)
 
 
 def _uniform(shape: tuple[int, int], seed: int, first: int) -> Tensor:

@@ -66,7 +66,8 @@ RECIPES: Recipes = {
         "train_diffusion": _COMPONENTS | {"EPOCHS": 400},
         "export_weights": {"HALVED": "codec.vectors", "OUTPUT_PATH": "weights/component_mlp.safetensors"},
     },
-    # weights/conditional_mlp.safetensors: component_mlp, trained on with the parameters of 90,000 images
+    # As weights/conditional_mlp.safetensors, whose card says in which parts it was made: component_mlp, trained on
+    # with the parameters of 90,000 images
     "conditional_mlp": {
         "train_diffusion": _COMPONENTS
         | {"EPOCHS": 500, "START_PATH": "weights/component_mlp.safetensors", "PARAMETERS": _OF_MODEL_II},

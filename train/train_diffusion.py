@@ -79,7 +79,7 @@ WEIGHT_DECAY: NotNegative = 0.01  # Of AdamW
 ADAM_BETA2: Fraction = 0.999  # Of AdamW; 0.99 for runs of a few thousand steps
 MAX_GRAD_NORM: Positive = 1.0  # Gradients are clipped to this norm
 LABEL_DROPOUT: Fraction = 0.1  # Share of labels hidden in training, with all parameters; guidance needs it
-PARAMETER_DROPOUT: Fraction = 0.1  # Share of images that lose some of their parameters, as if no table had them
+PARAMETER_DROPOUT: Fraction = 0.1  # Share of images that lose some or all of their parameters in training
 TIME_SAMPLING: Literal["uniform", "logit_normal"] = "uniform"  # "logit_normal" for short runs with PREDICTION = "image"
 TIME_MEDIAN: InnerFraction = 0.69  # Of "logit_normal"; 0.3 for ComponentMLP, whose images are made by the last steps
 TIME_WIDTH: Positive = 0.8  # Likewise; 2 for ComponentMLP
