@@ -18,7 +18,7 @@ from torch import Tensor
 from dataset import some_of_each_class
 from parameters import Parameter
 
-_MOST = 10_000  # lenses of a class
+_MOST = 8000  # lenses of a class
 _ALIKE = 100  # lenses to choose from, where what is given says anything of what is not
 _CHANCE = 0.025  # standard deviation of what is added to a phase, so that lenses are not drawn again as they are
 _RIDGE = 1e-6  # of the variances: keeps slopes finite where parameters say the same

@@ -185,7 +185,7 @@ def test_every_size_is_built_for_any_classes_channels_and_pixels(name):
         model = build_untrained(name, ("a", "b"), (3, 128, 128))
     assert (model.classes, model.image_shape) == (("a", "b"), (3, 128, 128))
     assert model.network.config["num_classes"] == 2
-    shape = (3, 128, 128) if type(model.network) is NanoDiT else (512,)
+    shape = (3, 128, 128) if type(model.network) is NanoDiT else (SIZES[name]["components"],)
     assert model.sample_shape == shape
     assert type(model.network).__name__ == SIZES[name]["network"]
 

@@ -70,7 +70,7 @@ RECIPES: Recipes = {
     # with the parameters of 90,000 images
     "conditional_mlp": {
         "train_diffusion": _COMPONENTS
-        | {"EPOCHS": 500, "START_PATH": "weights/component_mlp.safetensors", "PARAMETERS": _OF_MODEL_II},
+        | {"EPOCHS": 650, "START_PATH": "weights/component_mlp.safetensors", "PARAMETERS": _OF_MODEL_II},
         "export_weights": {"HALVED": "codec.vectors", "OUTPUT_PATH": "weights/conditional_mlp.safetensors"},
     },
     # weights/resnet18_lens.safetensors: 40 minutes on two cores, from 18,000 images

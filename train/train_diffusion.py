@@ -128,10 +128,7 @@ def main() -> None:
     guidance = CFG_SCALE if len(images.classes) > 1 else 1.0  # of one class, there is nothing to be truer to
     generator.sampler = flow.Sampler(NUM_ODE_STEPS, guidance, SOLVER, TIME_GRID, TOLERANCE, LAST_TIME)
     run.content |= {"sampler": asdict(generator.sampler)}
-    phases = generator.phases_of(images)
-    if phases is not None:
-        generator.population = Population.of(images.labels, phases, generator.lens_parameters)
-        run.content |= {"population_state_dict": generator.population.state_dict()}
+    phases = take_population(generator, images, run)
     announce(generator, EPOCHS * len(images))
 
     ema = EMA(network, beta=EMA_BETA, update_every=EMA_UPDATE_EVERY, include_online_model=False)
@@ -355,6 +352,15 @@ def start_from(
         raise InputError(f"{START_PATH} is of {there}, {DATA_DIR} of {here}", 2)
     print(f"network: that of {START_PATH}")
     return generator.with_parameters(parameters)
+
+
+def take_population(generator: Generator, images: NpyDataset, run: Run) -> Tensor | None:
+    """Phases (n, parameters) of the images, of which the generator and its checkpoints keep some; None without any."""
+    phases = generator.phases_of(images)
+    if phases is not None:
+        generator.population = Population.of(images.labels, phases, generator.lens_parameters)
+        run.content |= {"population_state_dict": generator.population.state_dict()}
+    return phases
 
 
 def draw_condition(
