@@ -21,7 +21,7 @@ from parameters import Parameter
 _MOST = 8000  # lenses of a class
 _ALIKE = 100  # lenses to choose from, where what is given says anything of what is not
 _CHANCE = 0.025  # standard deviation of what is added to a phase, so that lenses are not drawn again as they are
-_RIDGE = 1e-6  # of the variances: keeps slopes finite where parameters say the same
+_THE_SAME = 1e-5  # share of the variance of parameters that say the same as others
 _SIGNIFICANT = 4.0  # standard errors that a slope must differ from 0 by
 _LARGEST = 1e6  # phase of a lens
 
@@ -119,19 +119,20 @@ class _Class:
         slopes = self._slopes(given[self.owner])
         if not slopes.any():
             return (chance * len(self.phases)).long()
-        predicted, found = self.features[:, given[self.owner]] @ slopes, []
+        able = torch.nonzero(self.features[:, given[self.owner]].isfinite().all(1))[:, 0]  # others lack what is given
+        predicted, found = self.features[able][:, given[self.owner]] @ slopes, []
         wanted = self._features(asked)[:, given[self.owner]] @ slopes
         for some, of_some in zip(wanted.split(1024), chance.split(1024), strict=True):
-            distance = torch.cdist(some, predicted).nan_to_num(math.inf)  # of lenses that lack what is given
-            alike = distance <= distance.kthvalue(min(_ALIKE, len(predicted)), 1, True).values
+            distance = torch.cdist(some, predicted)
+            alike = distance <= distance.kthvalue(min(_ALIKE, len(able)), 1, True).values
             number = (of_some * alike.sum(1)).long()
-            found.append((alike.cumsum(1) > number[:, None]).int().argmax(1))
+            found.append(able[(alike.cumsum(1) > number[:, None]).int().argmax(1)])
         return torch.cat(found)
 
     def _slopes(self, given: Tensor) -> Tensor:
         """Slopes (given, others) of the other features by the given ones, 0 where they may well be chance."""
         among, across = self.moments[given][:, given], self.moments[given][:, ~given]
-        inverse = torch.linalg.pinv(among + _RIDGE * torch.diag(among.diagonal()), hermitian=True)
+        inverse = torch.linalg.pinv(among, rtol=_THE_SAME, hermitian=True)
         slopes = inverse @ across
         left = (self.moments.diagonal()[~given] - (slopes * across).sum(0)).clamp_min(0)
         error = (inverse.diagonal()[:, None] * left / self.pairs[given][:, ~given]).sqrt()

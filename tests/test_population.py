@@ -40,7 +40,7 @@ def test_all_that_is_free_is_of_one_training_lens_of_the_class():
 
 
 def test_an_image_takes_the_same_lens_whatever_is_asked_for_and_wherever_it_is_made():
-    population = Population.of(torch.zeros(100, dtype=torch.long), normal(100, 0.5, 0.5, 0.5), LINEAR)
+    population = Population.of(torch.zeros(3000, dtype=torch.long), normal(3000, 0.5, 0.5, 0.5), LINEAR)
     labels = torch.zeros(20, dtype=torch.long)
     free = population.fill(labels, None, 5)
     assert torch.equal(population.fill(labels[:7], None, 5, first=13), free[13:])
@@ -120,6 +120,19 @@ def test_parameters_that_say_the_same_are_no_trouble():
     population = Population.of(torch.zeros(2000, dtype=torch.long), torch.stack([z, z, 2 * z], 1), LINEAR)
     asked = torch.tensor([[0.3, 0.3, NAN], [0.3, NAN, NAN], [NAN, NAN, 0.6]] * 50)
     np.testing.assert_allclose(filled(population, asked).view(50, 3, 3).mean(0), [[0.3, 0.3, 0.6]] * 3, atol=0.04)
+
+
+def test_lenses_that_lack_what_is_given_are_not_taken_however_few_have_it():
+    z = normal(150, 0.5)[:, 0]
+    phases = torch.stack([z, 2 * z, torch.arange(150.0)[torch.randperm(150)]], 1)
+    number = phases[:20, 2].clone()
+    phases[20:, 0] = NAN
+    asked = torch.full((400, 3), NAN)
+    asked[:, 0] = 0.2
+    found = filled(Population.of(torch.zeros(150, dtype=torch.long), phases, LINEAR), asked)
+    taken = found[:, 2].round()
+    assert torch.isin(taken, number).all()
+    assert len(taken.unique()) == 20
 
 
 def test_values_that_are_missing_stay_so_and_a_class_without_lenses_has_none():
