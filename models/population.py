@@ -54,10 +54,10 @@ class Population:
     def of(cls, labels: Tensor, phases: Tensor, parameters: Sequence[Parameter]) -> "Population":
         """Some of the lenses (n,) of a training set of which anything is known; phases are (n, parameters)."""
         known = torch.nonzero(phases.isfinite().any(1))[:, 0]
-        some = known[some_of_each_class(labels.cpu()[known], _MOST)]
+        some = known[some_of_each_class(labels[known], _MOST)]
         angle = torch.tensor([of.scale == "angle" for of in parameters])
         phases = torch.where(angle, phases[some].remainder(2 * math.pi), phases[some])
-        return cls(labels.cpu()[some].short(), phases.half(), parameters)
+        return cls(labels[some].short(), phases.half(), parameters)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"labels": self.labels, "phases": self.phases}
@@ -116,12 +116,12 @@ class _Class:
         Alike are those for which the ``given`` parameters predict nearly what they do for what is ``asked`` (n,
         parameters), or all where they predict nothing.
         """
-        slopes = self._slopes(given[self.owner])
+        given = given[self.owner]
+        slopes = self._slopes(given)
         if not slopes.any():
             return (chance * len(self.phases)).long()
-        able = torch.nonzero(self.features[:, given[self.owner]].isfinite().all(1))[:, 0]  # others lack what is given
-        predicted, found = self.features[able][:, given[self.owner]] @ slopes, []
-        wanted = self._features(asked)[:, given[self.owner]] @ slopes
+        able = torch.nonzero(self.features[:, given].isfinite().all(1))[:, 0]  # others lack what is given
+        predicted, wanted, found = self.features[able][:, given] @ slopes, self._features(asked)[:, given] @ slopes, []
         for some, of_some in zip(wanted.split(1024), chance.split(1024), strict=True):
             distance = torch.cdist(some, predicted)
             alike = distance <= distance.kthvalue(min(_ALIKE, len(able)), 1, True).values
