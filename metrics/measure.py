@@ -17,7 +17,7 @@ from dataset import NpyDataset
 from files import whole
 from metrics import physics
 from models.classifier import classify
-from simulate.recipes import origin_of, recipe_of, scale_of
+from simulate.recipes import recipe_behind, scale_of
 
 if TYPE_CHECKING:
     from metrics.score import Reference
@@ -67,8 +67,7 @@ def measure(
         ``thumbnails_of``; and where the recipe's lens can be fitted source_xy (n, 2), explained, lens_residual (RMS
         over peak) and residual_* (RMS in a band) of the smooth lens that fits best.
     """
-    origin = origin_of(real or dataset)
-    recipe, (pixel_scale, _) = recipe_of(*origin), scale_of(real or dataset)
+    recipe, (pixel_scale, _) = recipe_behind(real or dataset), scale_of(real or dataset)
     batches = -(-len(index) // batch_size)
     bar = tqdm(total=batches // distributed.size(), desc="measuring", unit="batch", leave=False)
 
@@ -131,7 +130,7 @@ def measure_cached(
     name: str, dataset: NpyDataset, index: Tensor, classifier: nn.Module, inception: nn.Module | None, batch_size: int
 ) -> Measured:
     """``measure``, kept in the dataset's cache under a name until its files, ``index`` or a network change."""
-    how = dataset.keeps_flux, scale_of(dataset), recipe_of(*origin_of(dataset)), dataset.observer
+    how = dataset.keeps_flux, scale_of(dataset), recipe_behind(dataset), dataset.observer
     state = hashlib.sha256(repr((_VERSION, dataset.fingerprint, dataset.classes, how, index.tolist())).encode())
     for network in filter(None, (classifier, inception)):
         for weights in network.state_dict().values():

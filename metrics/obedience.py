@@ -21,7 +21,7 @@ from models.regressor import LensRegressor, Recovery
 from scaling import in_unit
 from settings import InputError
 from simulate.instrument import INSTRUMENTS, observer_of
-from simulate.recipes import origin_of, recipe_of
+from simulate.recipes import recipe_behind
 
 _SWEPT, _STEPS = 30, 7  # lenses that a parameter is swept of, and values that it takes
 _FEWEST = 20  # images whose free parameters are compared
@@ -80,7 +80,7 @@ def obedience(
 def _emulation(test: NpyDataset, index: Tensor, errors: Tensor, of_class: Tensor) -> dict[str, Any]:
     """Errors by class, beside those of a lens of the same class and the noise of telescopes."""
     noises = {}
-    for instrument in INSTRUMENTS if recipe_of(*origin_of(test)) else ():  # else nobody knows how bright they are
+    for instrument in INSTRUMENTS if recipe_behind(test) else ():  # else nobody knows how bright they are
         with suppress(InputError):  # of images that have noise
             observers = (observer_of(test, instrument, seed=seed) for seed in (0, 1))
             looks = [test.observed(observer).read(index) for observer in observers]

@@ -23,7 +23,7 @@ from metrics.measure import Sample
 from metrics.score import DISTANCES, apart, number, ratio, subsets_of, titles_of
 from metrics.usefulness import TITLES
 from models.generated_folder import sha256
-from simulate.recipes import origin_of, recipe_of, scale_of
+from simulate.recipes import recipe_behind, scale_of
 
 # What a floor is called where it is not real images against others
 FLOORS = {"class_accuracy": "  classifier accuracy, real", **dict.fromkeys(TITLES, "  floor: real ones in their place")}
@@ -274,7 +274,7 @@ def _panels(samples: Sequence[Sample], name: str) -> dict[str, dict[str, np.ndar
 
 
 def _lens_equation(samples: Sequence[Sample]) -> str:
-    smooth = recipe_of(*origin_of(samples[0].real)).smooth_classes
+    smooth = recipe_behind(samples[0].real).smooth_classes
     unexplained = (f"{(~sample.measured['explained']).double().mean():.1%} of {sample.name}" for sample in samples)
     return _section(
         "Lens equation",

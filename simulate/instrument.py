@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dataset import NpyDataset, normalize
 from settings import InputError
-from simulate.recipes import origin_of, recipe_of, scale_of
+from simulate.recipes import recipe_behind, scale_of
 
 _DEVIATION = 1 / math.sqrt(8 * math.log(2))  # of a Gaussian, over its full width at half maximum
 
@@ -166,7 +166,7 @@ def observer_of(dataset: NpyDataset, name: str, peak: float | None = None, seed:
     Raises:
         InputError: for images that have the noise of a telescope already, or are narrower than its blur.
     """
-    instrument, recipe = INSTRUMENTS[name], recipe_of(*origin_of(dataset))
+    instrument, recipe = INSTRUMENTS[name], recipe_behind(dataset)
     if recipe and recipe.noise:
         raise InputError(f"{dataset.root_dir}: its images have the noise of a telescope already", 2)
     unit = 10 ** (0.4 * (instrument.zero_point - recipe.zero_point)) / recipe.times if recipe else 1.0
@@ -202,5 +202,5 @@ def description(name: str, dataset: NpyDataset, observer: Observer) -> str:
     return (
         f"As {name} sees them: {bright:.3g} counts per second in the brightest pixel, noise of "
         f"{seen.sky_noise / bright:.2%} of that in the sky and {noise:.2%} there, blurred by {seen.blur:.2g} pixels"
-        f"{'' if recipe_of(*origin_of(dataset)) else taken}"
+        f"{'' if recipe_behind(dataset) else taken}"
     )

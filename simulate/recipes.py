@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dataset import NpyDataset
 
 RECIPE_FILE = "recipe.json"  # beside the class folders
-CHOICES = ("noise", "cosmology", "convention")  # what is not the same in all images of a model
+CHOICES = ("noise", "cosmology", "convention", "zero_point")  # what is not the same in all images of a model
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Recipe:
     @property
     def lens_equation(self) -> bool:
         """Whether the smooth lens that metrics/lens_equation.py fits is that of these images."""
-        return self == MODEL_II
+        return replace(self, zero_point=MODEL_II.zero_point) == MODEL_II
 
 
 def sky_noise(
@@ -91,6 +91,7 @@ MODEL_I = replace(
     image_shape=(1, 150, 150),
     pixel_scale=0.05,
     psf_fwhm=0.087,
+    zero_point=24.0,
     psf_truncation=3,
     exposure=(1e3, 10**3.5),
     sky_noise=0.01,
@@ -120,12 +121,14 @@ def recipe_of(classes: Sequence[str], image_shape: Sequence[int], root_dir: str 
     """The recipe that made images of these classes and this shape; None for images of unknown origin.
 
     The folder of the images says it in its ``recipe.json``. Where there is none, 64 x 64 pixels of three known classes
-    are Model II.
+    are Model II, in a folder as it was published.
     """
     told = _read(Path(root_dir) / RECIPE_FILE) if root_dir is not None else {}
     recipe = MODELS.get(str(told.get("model", "II")))
     if recipe is None or (recipe.classes, recipe.image_shape) != (tuple(classes), tuple(image_shape)):
         return None
+    if root_dir is not None and not told:
+        return replace(recipe, zero_point=recipe.published_zero_point)
     return replace(recipe, **{name: told[name] for name in CHOICES if name in told})
 
 
@@ -142,19 +145,14 @@ def _read(path: Path) -> dict[str, Any]:
     return {}
 
 
-def pixel_scale_of(
-    classes: Sequence[str], image_shape: Sequence[int], root_dir: str | Path | None = None
-) -> tuple[float, str]:
-    """Pixel scale and the unit of lengths: arcsec where a recipe is known, else pixels."""
-    recipe = recipe_of(classes, image_shape, root_dir)
-    return (recipe.pixel_scale, "arcsec") if recipe else (1.0, "pixels")
-
-
-def origin_of(dataset: "NpyDataset") -> tuple[tuple[str, ...], tuple[int, ...], Path]:
-    """What tells the recipe of the images of a dataset: arguments of ``recipe_of`` and ``pixel_scale_of``."""
-    return dataset.classes, dataset.image_shape, dataset.root_dir
+def recipe_behind(dataset: "NpyDataset") -> Recipe | None:
+    """``recipe_of`` the images of a dataset."""
+    return recipe_of(dataset.classes, dataset.image_shape, dataset.root_dir)
 
 
 def scale_of(dataset: "NpyDataset") -> tuple[float, str]:
     """Pixel scale and the unit of lengths: arcsec where files or a recipe say it, else pixels."""
-    return (dataset.pixel_scale, "arcsec") if dataset.pixel_scale else pixel_scale_of(*origin_of(dataset))
+    if dataset.pixel_scale:
+        return dataset.pixel_scale, "arcsec"
+    recipe = recipe_behind(dataset)
+    return (recipe.pixel_scale, "arcsec") if recipe else (1.0, "pixels")

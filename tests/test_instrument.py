@@ -1,6 +1,7 @@
 """A telescope's blur and noise: lenstronomy's own, the pinned numbers, and each image with the noise of its seed."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,6 +103,15 @@ def test_a_dataset_is_seen_and_stays_what_it_was(lens_data):
     assert expected == pytest.approx(2, abs=0.1)
     corner = (images * (high - low).view(-1, 1, 1, 1) + low.view(-1, 1, 1, 1))[:, 0, :8, :8]
     assert corner.std().item() == pytest.approx(0.00587, rel=0.05)
+
+
+def test_published_images_are_as_bright_as_those_made_here(lens_data):
+    """Though their counts are of another zero point, which nothing in their folder says."""
+    published, here = NpyDataset(Path(__file__).parent / "data" / "published_format"), NpyDataset(lens_data)
+    ratio = np.median(here.high) / np.median(published.high)
+    assert ratio == pytest.approx(10 ** (0.4 * 1.72), rel=0.15)
+    peaks = [observer_of(data, "euclid").peak for data in (published, here)]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.15)
 
 
 def test_flux_is_kept_where_images_keep_it(tmp_path):

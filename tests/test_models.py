@@ -20,8 +20,8 @@ from dataset import NpyDataset, read_image
 from metrics.measure import measure
 from models.classifier import load_classifier
 from settings import InputError
-from simulate import model_iv, renderer, simulate_lenses
-from simulate.recipes import MODELS, pixel_scale_of, recipe_of
+from simulate import model_iv, recipes, renderer, simulate_lenses
+from simulate.recipes import MODELS, recipe_of
 
 CLASSES = ("axion", "cdm", "no_sub")
 # pixels, arcsec a pixel, FWHM of the PSF in arcsec and where it ends in standard deviations
@@ -258,10 +258,13 @@ def test_a_folder_says_which_model_it_holds(simulate, lens_data):
         folder = simulate(model, "--model", model, "--num_per_class", 1)
         facts[model] = json.loads((folder / "recipe.json").read_text())
         assert recipe_of(CLASSES, shape, folder) == MODELS[model]
-        assert pixel_scale_of(CLASSES, shape, folder) == (CAMERAS[model][1], "arcsec")
         assert not recipe_of(CLASSES, shape, folder).lens_equation
-        assert NpyDataset(folder).classes == CLASSES
+        data = NpyDataset(folder)
+        assert data.classes == CLASSES
+        assert recipes.scale_of(data) == (CAMERAS[model][1], "arcsec")
         assert recipe_of(CLASSES, (1, 32, 32), folder) is None
+    published = simulate("published", "--num_per_class", 1, "--as_published", "true")
+    assert recipe_of(CLASSES, (1, 64, 64), published).zero_point == 24.0
     assert (facts["III"]["model"], facts["III"]["pixel_scale"]) == ("III", 0.08)
     assert recipe_of(CLASSES, (1, 64, 64), lens_data) == MODELS["II"]
     assert recipe_of(CLASSES, (1, 64, 64), lens_data).lens_equation
@@ -269,7 +272,7 @@ def test_a_folder_says_which_model_it_holds(simulate, lens_data):
 
 def test_without_a_word_of_the_folder_classes_and_shape_tell(tmp_path):
     assert recipe_of(CLASSES, (1, 64, 64), tmp_path).model == "II"
-    assert pixel_scale_of(CLASSES, (1, 64, 64)) == (0.101, "arcsec")
+    assert recipe_of(CLASSES, (1, 64, 64), tmp_path).lens_equation
     assert recipe_of(CLASSES, (1, 150, 150), tmp_path) is None
     for content in ("", "[]", '{"model": ["II"]}', '{"model": "V"}'):
         (tmp_path / "recipe.json").write_text(content)

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from dataset import normalize
 from metrics import physics
 from metrics.lens_equation import fit_smooth_lens, fits
 from simulate import renderer as sim
-from simulate.recipes import MODEL_II, pixel_scale_of, recipe_of
+from simulate.recipes import MODEL_II, recipe_of, scale_of
 
 SCALE = MODEL_II.pixel_scale
 AXIS = (np.arange(64) - 31.5) * SCALE
@@ -55,10 +56,14 @@ def test_a_ring_is_as_wide_in_any_number_of_pixels_and_channels(size, channels):
 
 
 def test_the_pixel_scale_is_that_of_the_recipe_or_one():
-    assert pixel_scale_of(MODEL_II.classes, MODEL_II.image_shape) == (0.101, "arcsec")
+    def images(classes, shape, pixel_scale=None):
+        return SimpleNamespace(classes=classes, image_shape=shape, root_dir="nowhere", pixel_scale=pixel_scale)
+
+    assert scale_of(images(MODEL_II.classes, MODEL_II.image_shape)) == (0.101, "arcsec")
+    assert scale_of(images(MODEL_II.classes, MODEL_II.image_shape, 0.05)) == (0.05, "arcsec")  # of a FITS header
     for classes, shape in ((("cdm", "wdm"), (1, 64, 64)), (MODEL_II.classes, (1, 128, 128))):
         assert recipe_of(classes, shape) is None
-        assert pixel_scale_of(classes, shape) == (1.0, "pixels")
+        assert scale_of(images(classes, shape)) == (1.0, "pixels")
 
 
 def test_ring_radius_and_width_of_a_gaussian_ring():
