@@ -83,20 +83,10 @@ def with_guidance(
     model: Generator, labels: Tensor, steps: int, scale: float, interval: tuple[float, float]
 ) -> tuple[Tensor, int]:
     """Images of the multistep solver with guidance at times in an interval, and how many NFE each takes."""
-    sampler = flow.Sampler(steps, 1.0, "multistep", "logit")
+    sampler = flow.Sampler(steps, scale, "multistep", "logit")
     times = flow.evaluation_times(sampler, model.standard_deviation is not None)[:-1]
-    velocity = flow.guided(model.along(times), model.nothing, scale, interval)
-    images = flow.sample(
-        velocity,
-        model.embedded(labels.to(model.device)),
-        model.sample_shape,
-        model.nothing,
-        sampler,
-        SEED,
-        standard_deviation=model.standard_deviation,
-    )
     doubled = sum(interval[0] <= t <= interval[1] for t in times)
-    return model.decode(images).cpu(), steps + doubled
+    return model.generate(labels, sampler, SEED, interval=interval), steps + doubled
 
 
 @plots.own_style

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dataset import NpyDataset, normalize, some_of_each_class
 from metrics.distances import frechet_distance
-from metrics.score import half_size, halves, masks
+from metrics.score import half_size, halves, masks, ratio
 from models.classifier import classify
 
 
@@ -40,7 +40,7 @@ class LensDistance:
         """Ratios for images (n, c, h, w) of ``labels``: "overall" and each class."""
         features = classify(self.classifier, normalize(images), show_progress=False)[1]
         found = self._distances([features] * len(self.real))
-        return {subset: found[subset] / self.floor[subset] for subset in found}
+        return {subset: ratio({"value": found[subset], "floor": self.floor[subset]}) for subset in found}
 
     def _distances(self, others: list[Tensor]) -> dict[str, float]:
         """Mean over the splits of the distances to the features of ``others``, one set for each split."""

@@ -281,6 +281,7 @@ def sample(
     batch_size: int = 128,
     first: int = 0,
     standard_deviation: Tensor | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
     """New images, one for each condition.
 
@@ -292,11 +293,12 @@ def sample(
         first: number k of the first image.
         standard_deviation: of the training images around 0, (*shape), where it is known: the first step is then that
             of a Gaussian and takes no evaluation.
+        interval: of the times at which there is guidance.
 
     Returns:
         (n, *shape) float32, in the range the network was trained on, not clipped.
     """
-    velocity = guided(velocity, null, sampler.cfg_scale)
+    velocity = guided(velocity, null, sampler.cfg_scale, interval)
 
     def solve(numbers: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """Images of these numbers, and which of them have changed too much with the last evaluation."""

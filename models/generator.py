@@ -208,12 +208,13 @@ class Generator(nn.Module):
         batch_size: int = 128,
         first: int = 0,
         phases: Tensor | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
         """One image for each label (n,), images first, first + 1, ... of a seed: (n, c, h, w) in [0, 1], on the CPU.
 
         By ``self.sampler`` unless another one is given; see ``flow.sample``. ``self.scaling.undo`` takes them to the
         unit of the data. ``phases`` (n, parameters) are of the parameters that are asked for, see ``condition``; others
-        are those of ``population``.
+        are those of ``population``. There is guidance at the times of ``interval``.
         """
         sampler = sampler or self.sampler
         if self.population:
@@ -231,6 +232,7 @@ class Generator(nn.Module):
             batch_size,
             first,
             self.standard_deviation,
+            interval,
         )
         if self.codec is None or self.codec.noise is None:
             return self.decode(samples).cpu()

@@ -2,15 +2,17 @@
 
 import json
 
+import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
 
 from dataset import NpyDataset, normalize
 from evaluate.compare_samplers import with_guidance
 from metrics.lens_distance import LensDistance
 from models import flow
 from models.classifier import load_classifier
-from models.generator import load_model
+from models.components import ComponentMLP, PrincipalComponents
+from models.generator import Generator, load_model
 
 
 def test_real_images_are_at_the_floor_and_noise_is_far_from_it(lens_data, classifier):
@@ -37,6 +39,28 @@ def test_guidance_on_the_whole_interval_is_that_of_the_sampler(checkpoint):
         else:
             assert (images - usual).abs().max() > 1e-3
     assert torch.isfinite(normalize(images)).all()
+
+
+@pytest.mark.parametrize("kind", ["noisy", "told"])
+def test_with_guidance_or_without_the_images_are_those_of_the_generator(kind):
+    """Their noise, and what they are not asked for, included."""
+    if kind == "told":
+        model = load_model(ROOT / "weights" / "conditional_mlp.safetensors", "cpu")
+    else:
+        codec = PrincipalComponents((1, 16, 16), 8, noisy=True)
+        network = ComponentMLP(codec.standard_deviation.numel(), hidden_size=16).eval()
+        torch.nn.init.normal_(network.final_layer.linear.weight)
+        model = Generator(network, ("a", "b", "c"), (1, 16, 16), "image", codec).eval()
+    labels = torch.tensor([0, 1, 2])
+    images, _ = with_guidance(model, labels, 4, 1.0, (0.0, 1.0))
+    torch.testing.assert_close(images, model.generate(labels, flow.Sampler(4, 1.0, "multistep", "logit")))
+
+
+def test_identical_real_images_have_no_floor_to_be_over(lens_data, classifier):
+    test = NpyDataset(lens_data, None, "test")
+    test.images = test.images[:1].expand(len(test), -1, -1, -1)
+    distance = LensDistance(test, load_classifier(classifier), images_per_class=500)
+    assert distance.over_floor(torch.rand(len(distance.labels), 1, 64, 64))["overall"] > 1000
 
 
 def test_the_table_has_every_sampler(lens_data, checkpoint, classifier, tmp_path, capsys):
