@@ -571,6 +571,11 @@ def test_the_classifier_stops_at_a_loss_that_is_no_number(lens_data, tmp_path, m
     assert not list((tmp_path / "classifier_ckpts").glob("*.pt"))
 
 
+def test_a_run_goes_on_in_float16(train):
+    train(EPOCHS=1)
+    assert len(history_of(train(EPOCHS=2, AMP_DTYPE="float16"))) == 2
+
+
 def test_steps_that_float16_skips_are_counted(train, monkeypatch, capsys):
     calls = []
 

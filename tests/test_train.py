@@ -14,10 +14,11 @@ import settings
 from dataset import NpyDataset, diffusion_transforms
 from models import flow
 from models.checkpoint import load_checkpoint
+from models.classifier import build_classifier
 from models.generator import SIZES, Generator, build_generator, build_untrained, generate_image, load_model
 from models.model import NanoDiT
 from settings import InputError
-from train import train_diffusion
+from train import train_classifier, train_diffusion
 from train.run import seconds_an_image
 
 COMPONENTS = {"MODEL_SIZE": "ComponentMLP-512", "PATCH_SIZE": None, "MODEL_HEADS": None}
@@ -145,6 +146,18 @@ def test_a_run_that_cannot_end_names_the_size_that_can(monkeypatch, capsys):
     assert "--model_size ComponentMLP-512 --epochs" in capsys.readouterr().out
 
 
+def test_a_size_that_small_images_have_too_few_pixels_for_is_not_named(monkeypatch, capsys):
+    monkeypatch.setattr(train_diffusion, "seconds_an_image", lambda *_: 1.0)
+    train_diffusion.announce(build_untrained("NanoDiT-S/16", LENSES, (1, 16, 16)), 10**9)
+    assert "--model_size NanoDiT-S/16 --epochs" in capsys.readouterr().out
+
+
+def test_the_last_time_lies_before_the_grid_begins(train, capsys):
+    with pytest.raises(SystemExit):
+        run_script("train/train_diffusion.py", "--last_time", 0.9)
+    assert "0.9 is not a number above 0 and below 0.9" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("size", "changes"), [("NanoDiT-S/16", {"depth": 1}), ("ComponentMLP-512", {"depth": 1})])
 def test_a_step_is_timed(size, changes):
     tiny = build_untrained(size, LENSES, (1, 64, 64), hidden_size=24, **changes)
@@ -180,6 +193,14 @@ def test_pretrained_weights_of_any_wrapper_train_the_last_layers_only(lens_data,
     changed = {name.split(".")[0] for name in changed if "running" not in name and "num_batches" not in name}
     assert changed == {"layer3", "layer4"}
     assert trained["fc.weight"].shape == (3, 512)
+
+
+def test_a_first_layer_without_pretrained_weights_is_trained(monkeypatch):
+    for channels, trained in ((3, False), (4, True)):
+        model = build_classifier(32, LENSES, channels)
+        train_classifier.trained_layers(model, True)
+        assert model.conv1.weight.requires_grad == trained
+        assert not model.layer1[0].conv1.weight.requires_grad
 
 
 def test_pretrained_weights_are_numbers(lens_data, tmp_path, capsys):

@@ -98,7 +98,7 @@ class Run:
         self._drawn = -math.inf
         self.today = today
         self.newest, self.state = None, None
-        if self.output.exists():  # or else it is made when the run begins
+        if distributed.from_main(self.output.exists()):  # or else it is made when the run begins
             self._hold()
         self._find()
 
@@ -156,7 +156,7 @@ class Run:
                 _load_optimizer(part, found, path)
             elif isinstance(part, nn.Module):
                 load_weights(part, found, path)
-            else:
+            elif found:  # none of a scaler that was not needed
                 part.load_state_dict(found)
 
     def schedule(self, optimizer: torch.optim.Optimizer, kind: type, *args: Any, **options: Any) -> Any:

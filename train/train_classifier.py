@@ -211,8 +211,7 @@ def load_imagenet_weights(model: nn.Module) -> bool:
         else:
             socket.setdefaulttimeout(20)
             weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
-        own = {name for name in model.state_dict() if name.startswith(("fc.", "kind."))}
-        own |= set() if model.channels in (1, 3) else {"conv1.weight"}
+        own = without_imagenet(model)
         weights = {name: value for name, value in weights.items() if name not in own}
         missing = set(model.load_state_dict(weights, strict=False).missing_keys)
         if missing != own:
@@ -229,13 +228,21 @@ def load_imagenet_weights(model: nn.Module) -> bool:
         socket.setdefaulttimeout(timeout)
 
 
+def without_imagenet(model: nn.Module) -> set[str]:
+    """Names of the weights that have no counterpart in a network of photographs."""
+    own = ("fc.", "kind.") if model.channels in (1, 3) else ("fc.", "kind.", "conv1.")
+    return {name for name in model.state_dict() if name.startswith(own)}
+
+
 def trained_layers(model: nn.Module, pretrained: bool) -> list[dict]:
-    """Parameter groups for the optimizer: layer3, layer4 and fc of a pretrained network, all of one from scratch."""
+    """Parameter groups for the optimizer: all of a network from scratch; of a pretrained one layer3, layer4 and what
+    has no pretrained weights."""
     if not pretrained:
         return [{"params": list(model.parameters()), "lr": SCRATCH_LEARNING_RATE}]
     model.requires_grad_(False)
     groups = [(model.layer3, LEARNING_RATE / 10), (model.layer4, LEARNING_RATE / 10), (model.fc, LEARNING_RATE)]
     groups += [(model.kind, LEARNING_RATE)] if model.kinds else []
+    groups += [(model.conv1, LEARNING_RATE)] if "conv1.weight" in without_imagenet(model) else []
     return [{"params": list(layer.requires_grad_().parameters()), "lr": rate} for layer, rate in groups]
 
 

@@ -42,6 +42,7 @@ from settings import (
     Guidance,
     InnerFraction,
     InputError,
+    LastTime,
     Names,
     NotNegative,
     Positive,
@@ -91,7 +92,7 @@ CFG_SCALE: Guidance = 5.0  # Guidance scale of samples, wherever the checkpoint 
 NUM_ODE_STEPS: Steps = 50  # From noise to image, likewise
 SOLVER: Literal[(*flow.SOLVERS,)] = "euler"  # Likewise; "multistep" needs fewer steps; "heun" evaluates twice in each
 TIME_GRID: Literal[flow.TIME_GRIDS] = "uniform"  # Of the steps; "logit" for SOLVER = "multistep"
-LAST_TIME: InnerFraction = 0.03  # Of TIME_GRID = "logit", before 0; less for images with noise, with more steps
+LAST_TIME: LastTime = 0.03  # Of TIME_GRID = "logit", before 0; less for images with noise, with more steps
 TOLERANCE: NotNegative | None = None  # 0.04: images that the last step changes by over 4% get twice the steps
 NUM_SAMPLES_PER_CLASS: Count = 4  # Samples of each class in a grid
 SAMPLE_INTERVAL: Count = 10  # Epochs between sample grids
@@ -446,13 +447,16 @@ def announce(generator: Generator, num_images: int) -> None:
         return
     print(f"This run would take about {duration(3600 * taken)} on this machine ({generator.device}).")
     for name in SIZES:
-        smaller = build_untrained(name, generator.classes, generator.image_shape).to(generator.device)
-        taken = hours(smaller)
+        try:
+            smaller = build_untrained(name, generator.classes, generator.image_shape)
+        except ValueError:  # fewer pixels than components
+            continue
+        taken, possible = hours(smaller.to(generator.device)), name
         if taken <= WORTH_STARTING_HOURS:
             print(f"--model_size {name} would take {duration(3600 * taken)}; see --recipe for its settings.")
             return
     epochs = max(1, int(EPOCHS * WORTH_STARTING_HOURS / taken))
-    print(f"--model_size {name} --epochs {epochs} would take {duration(3600 * WORTH_STARTING_HOURS)}.")
+    print(f"--model_size {possible} --epochs {epochs} would take {duration(3600 * WORTH_STARTING_HOURS)}.")
 
 
 if __name__ == "__main__":
