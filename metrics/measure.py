@@ -135,6 +135,7 @@ def measure_cached(
     for network in filter(None, (classifier, inception)):
         for weights in network.state_dict().values():
             state.update(weights.cpu().numpy().tobytes())
+    name = f"observed_{name}" if dataset.observer else name  # one view of the images leaves the other
     path = dataset.cache_dir / f".lens_measured_{name}_{state.hexdigest()[:16]}.pt"
     try:
         measured = torch.load(path, weights_only=True)

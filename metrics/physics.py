@@ -44,11 +44,10 @@ def titles(size: int, unit: str) -> dict[str, str]:
     }
 
 
-FLUX_TITLES = {
-    "sky": "Sky, W1 in the unit of the files",
-    "peak": "Peak, W1 in the unit of the files",
-    "flux": "Flux above the sky, W1 in the unit of the files",
-}
+def flux_titles(unit: str) -> dict[str, str]:
+    """The same for ``describe_flux``."""
+    titles = {"sky": "Sky", "peak": "Peak", "flux": "Flux above the sky"}
+    return {name: f"{title}, W1 in {unit}" for name, title in titles.items()}
 
 
 def radial_profile(images: Tensor) -> Tensor:

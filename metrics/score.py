@@ -111,7 +111,8 @@ def titles_of(dataset: NpyDataset) -> dict[str, str]:
     bands = physics.bands(size).items()
     residuals = {f"residual_{band}": f"Lens residual, {low}-{high} cycles, W1" for band, (low, high) in bands}
     titles = TITLES | {"lens_residual": "Residual of the lens equation, W1"} | physics.titles(size, unit) | residuals
-    return titles | physics.FLUX_TITLES if dataset.keeps_flux else titles
+    brightness = "counts per second" if dataset.observer else "the unit of the files"
+    return titles | physics.flux_titles(brightness) if dataset.keeps_flux else titles
 
 
 def compare(real: Measured, other: Measured, train: Measured, titles: dict[str, str]) -> dict[str, float]:
@@ -184,6 +185,9 @@ class Reference:
         classifier, inception: the networks that give features.
         seed: of the choice of images.
         name: of the real images in pictures.
+
+    Raises:
+        InputError: for fewer than 2 training images of a class.
     """
 
     def __init__(
@@ -197,6 +201,8 @@ class Reference:
         seed: int = 0,
         name: str = "real",
     ):
+        if fewest(train) < 2:
+            raise InputError(f"{train.root_dir}: fewer than 2 training images of a class")
         self.count, self.networks = count, (classifier, inception, batch_size)
         self.floors: dict[int, _OfSubsets] = {}  # of each seed of a split: the same for all that is scored
         index = some_of_each_class(test.labels, 2 * count, seed)

@@ -208,6 +208,9 @@ def test_other_classes_sizes_and_channels_are_scored_and_reported(classes, shape
     torch.manual_seed(0)
     classifier = build_classifier(32, classes, shape[0]).eval()
     save_checkpoint(tmp_path / "classifier.pt", model_state_dict=classifier.state_dict())
+    one_each = [next(file for file in train.files if file.startswith(f"{name}/")) for name in classes]
+    with pytest.raises(InputError, match="fewer than 2 training images of a class"):
+        Reference(test, train.only(one_each), 3, classifier)
     reference = Reference(test, train, 3, classifier)
     other = write_images(tmp_path / "other", classes, shape)
     sample = reference.score("other", NpyDataset(other, classes=classes), 2, seed=0)
