@@ -68,6 +68,7 @@ Positive = Annotated[float, Interval(0, low_open=True)]
 NotNegative = Annotated[float, Interval(0)]
 Guidance = Annotated[float, Interval(0, 1000)]  # more has no meaning, and ends in numbers that are none
 Fraction = Annotated[float, Interval(0, 1, high_open=True)]
+LastTime = Annotated[float, Interval(0, 0.9, low_open=True, high_open=True)]  # the grid begins at 0.9
 InnerFraction = Annotated[float, Interval(0, 1, low_open=True, high_open=True)]
 Names = tuple[str, ...]  # as a flag, with commas between
 
@@ -319,7 +320,7 @@ def _annotations(script: dict[str, Any]) -> dict[str, Any]:
 
 def _fault(value: Any, kind: Any, name: str = "") -> str | None:
     """The complaint about a value that is not of the kind of its constant; None for one that is."""
-    if value == "" and name.endswith(PATH_ENDINGS):
+    if name.endswith(PATH_ENDINGS) and value == "":
         return "a path is empty, as of a shell variable that is not set"
     choices = get_args(kind)
     if get_origin(kind) is Literal:

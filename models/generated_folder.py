@@ -19,6 +19,7 @@ import distributed
 from files import contents, hold, is_empty, npy_bytes, set_aside, whole
 from models import flow
 from models.generator import Generator
+from scaling import Scaling
 from settings import InputError
 
 _WAY = ("sha256", "sampler", "seed")  # of a source: the same checkpoint makes the same images wherever it lies
@@ -37,10 +38,13 @@ def source_of(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         source = json.loads(marker.read_bytes())
-    except ValueError:
+        if not isinstance(source, dict) or not source.keys() >= {"checkpoint", *_WAY}:
+            return None
+        Scaling(**source.get("scaling", {}))
+    except (ValueError, TypeError):
         advice = "remove that file to have the images scored as they are, or choose another folder to generate to"
         raise InputError(f"{marker} is damaged: {advice}") from None
-    return source if isinstance(source, dict) and source.keys() >= {"checkpoint", *_WAY} else None
+    return source
 
 
 def begin(folder: Path, source: dict[str, Any]) -> None:
@@ -112,7 +116,7 @@ def _write(folder: Path, name: str, image: np.ndarray) -> None:
 def altered(folder: Path) -> list[str]:
     """The numbered images of a folder that are not as they were written here."""
     sums = [path.read_text("utf-8", "surrogateescape") for path in folder.glob(f"{_SUMS}*")]
-    written = {tuple(line.split(maxsplit=1)) for text in sums for line in text.splitlines()}
+    written = {tuple(line.split("  ", 1)) for text in sums for line in text.split("\n")}  # names have any other space
     images = [path for path in folder.glob("*/*.npy") if path.stem.isdecimal()]
     images.sort(key=lambda path: (path.parent, int(path.stem)))
     names = {path: path.relative_to(folder).as_posix() for path in images}

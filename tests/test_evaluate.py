@@ -31,6 +31,7 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.classifier import build_classifier, load_classifier
 from models.generator import Generator, build_untrained
 from settings import InputError
+from simulate.instrument import observer_of
 from simulate.recipes import MODEL_II
 
 CLASSES = MODEL_II.classes
@@ -96,7 +97,7 @@ def test_a_class_that_is_none_is_named(model):
     ("argument", "wrong"),
     [
         *(("num_samples", value) for value in (0, -1, 1.5, "2", None, True)),
-        *(("seed", value) for value in (-1, 0.5, "0", None)),
+        *(("seed", value) for value in (-1, 0.5, "0", None, np.array([1, 2]))),
         *(("ode_steps", value) for value in (0, 1.0, "2", 10**6, np.array([2]))),
         *(("cfg_scale", value) for value in (-1, "5", float("nan"), float("inf"), 1e30, True)),
     ],
@@ -316,7 +317,9 @@ def test_an_image_that_was_changed_is_named_and_never_written_to(flags, tmp_path
 def test_a_damaged_note_of_how_images_were_made_is_one_line(flags, tmp_path, capsys):
     folder = tmp_path / "generated_npy"
     run_script("evaluate/evaluate_fld.py", *flags)
-    for content in (b"{", b"\xff\xfe"):
+    source = json.loads((folder / "generated_by.json").read_text())
+    scalings = [json.dumps(source | {"scaling": scaling}).encode() for scaling in (None, {"x": 1})]
+    for content in (b"{", b"\xff\xfe", *scalings):
         (folder / "generated_by.json").write_bytes(content)
         for other in ([], ["--generated_dir", folder]):
             with pytest.raises(SystemExit):
@@ -631,9 +634,9 @@ def test_measurements_of_real_images_are_kept_until_something_changes(data_copy,
     monkeypatch.setattr(measure, "measure", lambda *args: measured.append(1) or real_measure(*args))
     network = load_classifier(classifier)
 
-    def again(network=network):
+    def again(observer=None):
         measured.clear()
-        dataset = NpyDataset(data_copy, None, "test")
+        dataset = NpyDataset(data_copy, None, "test").observed(observer)
         measure.measure_cached("test", dataset, torch.arange(4), network, None, 128)
         return bool(measured)
 
@@ -646,6 +649,8 @@ def test_measurements_of_real_images_are_kept_until_something_changes(data_copy,
     next(data_copy.glob(".lens_measured_test_*")).write_bytes(b"half of it")
     assert [again(), again()] == [True, False]
     assert len(list(data_copy.glob(".lens_measured_test_*"))) == 1
+    observer = observer_of(NpyDataset(data_copy, None, "test"), "euclid")
+    assert [again(observer), again(), again(observer)] == [True, False, False]
 
 
 @pytest.fixture
