@@ -20,6 +20,7 @@ import math
 import os
 import re
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -61,6 +62,7 @@ _ONE_CLASS = "images"  # of images without labels
 _VERSION = 3  # of the cache; change it when what is read from a file changes
 _MOST_STACKS = 100  # in a folder with a stack for each class
 _MOST_NAMED = 20  # bad files in a report
+_ABANDONED = 3600  # seconds since anything was added to a cache that is not whole
 
 
 class NpyDataset(Dataset):
@@ -607,10 +609,9 @@ def _pack(cache: Path, reading: _Reading) -> tuple[np.ndarray, np.ndarray]:
         os.replace(new, place)
         with open(place, "rb") as file:
             found = _packed(file)
-        for old in [new] if reading.problems else cache.parent.glob(".lens_cache_*.npy"):
-            if old != cache:
-                with suppress(OSError):  # another script may be at the same
-                    old.unlink()  # what is mapped is there until the process ends
+        with suppress(OSError):  # another script may be at the same
+            for old in [new] if reading.problems else _older(cache):
+                old.unlink()  # what is mapped is there until the process ends
         return found
     except OSError as error:
         advice = "the files will be read again next time, unless CACHE_DIR names a folder that can be written to"
@@ -623,6 +624,14 @@ def _pack(cache: Path, reading: _Reading) -> tuple[np.ndarray, np.ndarray]:
     except OSError as error:
         error.filename = tempfile.gettempdir()
         raise
+
+
+def _older(cache: Path) -> Iterator[Path]:
+    """Caches of a folder as it was before, and what is left of processes that were killed while they wrote one."""
+    for path in cache.parent.glob(".lens_cache_*.npy*"):
+        is_whole = path.suffix == ".npy"
+        if path != cache and (is_whole or time.time() - path.stat().st_mtime > _ABANDONED):
+            yield path
 
 
 def _list_files(root: Path, sources: list[_Source], classes: tuple[str, ...]) -> list[_Source]:

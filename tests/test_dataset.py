@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import sys
+import time
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -748,6 +749,16 @@ def test_a_damaged_cache_is_not_used(data_copy):
     (cache,) = data_copy.glob(".lens_cache*")
     cache.write_bytes(cache.read_bytes()[:5000])
     assert torch.equal(NpyDataset(data_copy).images, expected)
+
+
+def test_what_a_killed_packing_has_left_goes_with_the_next_one(data_copy):
+    for name, age in {"old.npy.17": 7200, "old.npy.17.17.part": 7200, "new.npy.18": 60}.items():
+        path = data_copy / f".lens_cache_{name}"
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age,) * 2)  # what is newer may be another script's
+    NpyDataset(data_copy)
+    left = {path.name for path in data_copy.glob(".lens_cache*.npy.*")}
+    assert left == {".lens_cache_new.npy.18"}
 
 
 def test_a_folder_that_cannot_be_written_still_loads(data_copy, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from dataset import NpyDataset
 from models.classifier import load_classifier
 from models.generator import SIZES, generate_image, load_model
 from scaling import Scaling
+from settings import InputError
 
 COUNT = 80  # images a class
 
@@ -169,6 +170,15 @@ def test_flux_comes_back_in_the_unit_of_the_data(kind, tmp_path, undrawn, monkey
     torch.testing.assert_close(model.scaling.undo(scaled), made)
     saved = np.load(next(tmp_path.glob("run/dit_conditional_npy/*/class_0_sample_0.npy")))
     assert saved.max() > 200  # in the unit of the data, too
+
+
+def test_images_darker_than_their_sky_keep_no_flux(tmp_path):
+    images = np.ones((9, 16, 16))
+    images[:, 6:9, 6:9] = 0.5
+    class_folders(tmp_path, {"a": images})
+    data = NpyDataset(tmp_path)
+    with pytest.raises(InputError, match="--scaling set: nothing is brighter than the sky"):
+        Scaling.of("set", data.images, torch.from_numpy(data.low), torch.from_numpy(data.high))
 
 
 @pytest.mark.parametrize("kind", ["image", "set", "asinh"])
