@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plots
 import settings
-from dataset import load_parts
+from dataset import is_image_shape, load_parts
 from files import hold, whole
 from metrics.lens_distance import LensDistance
 from metrics.score import check_match
@@ -175,9 +175,11 @@ def draw(model: Generator, images: int, sampler: flow.Sampler) -> Tensor:
 
 
 def sizes(model: Generator) -> list[int]:
-    """Half the generator's image size to four times it, as far as its patches tile such images."""
-    size, patch = model.image_shape[-1], model.network.config.get("patch_size", 1)
-    return [n for n in (size // 2, size, 2 * size, 4 * size) if n % min(patch, n) == 0]
+    """Half the generator's image size to four times it, as far as there are such images and its network fits them."""
+    channels, size, _ = model.image_shape
+    patch, components = (model.network.config.get(name, 1) for name in ("patch_size", "components"))
+    there = [n for n in (size // 2, size, 2 * size, 4 * size) if is_image_shape((channels, n, n))]
+    return [n for n in there if n % min(patch, n) == 0 and components <= channels * n**2]
 
 
 def of_pixels(model: Generator, pixels: int) -> Generator:

@@ -111,6 +111,12 @@ def test_the_generator_is_timed_for_other_sizes_too(size, pixels):
         assert other.classes == model.classes
 
 
+def test_sizes_that_no_image_has_are_not_timed():
+    small = {"hidden_size": 16, "depth": 1, "components": 20}
+    assert benchmark.sizes(build_untrained("ComponentMLP-512", ("a",), (1, 150, 150), **small)) == [75, 150]
+    assert benchmark.sizes(build_untrained("ComponentMLP-512", ("a",), (1, 8, 8), **small)) == [8, 16, 32]
+
+
 def test_the_batch_size_reaches_both_rates(monkeypatch, tmp_path, capsys):
     """A batch of training, too, has as many images as --batch_size says."""
     asked = []
