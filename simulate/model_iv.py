@@ -145,9 +145,9 @@ def _galaxies(path: str) -> np.ndarray:
             # Class 6: unbarred tight spirals
             chosen = np.flatnonzero((file["ans"][:] == 6) & (file["redshift"][:] < 0.02))
             images = file["images"][chosen]
-        assert images.shape[1:] == (_GALAXY_PIXELS, _GALAXY_PIXELS, 3)
-        assert len(images)
-    except (OSError, KeyError, AssertionError, ValueError):
+        if not len(images) or images.shape[1:] != (_GALAXY_PIXELS, _GALAXY_PIXELS, 3):
+            raise ValueError
+    except (OSError, KeyError, ValueError):
         raise InputError(f"{path} is no Galaxy10 DECaLS file with unbarred spirals of z < 0.02") from None
     return images
 
