@@ -134,14 +134,15 @@ def _negative_log_likelihood(centres: Tensor, fitted_to: Tensor, of: list[Tensor
     return [-torch.cat(parts).mean().item() / dimension for parts in found]
 
 
-def wasserstein(a: Tensor, b: Tensor, period: float | None = None) -> float:
+def wasserstein(a: Tensor | np.ndarray, b: Tensor | np.ndarray, period: float | None = None) -> float:
     """Wasserstein-1 distance of two samples of a number, or, with a period, of an angle.
 
     On a circle it is the least integral of \\|F_a - F_b - c\\| over constants c (Rabin et al. 2011, arXiv:0906.5499).
     """
+    a, b = np.asarray(a), np.asarray(b)
     if period is None:
-        return wasserstein_distance(a.numpy(), b.numpy())
-    at = np.sort(np.concatenate([a.numpy(), b.numpy()]) % period)
+        return float(wasserstein_distance(a, b))
+    at = np.sort(np.concatenate([a, b]) % period)
     width = np.diff(at, append=at[0] + period)
     gap = np.searchsorted(np.sort(a % period), at, "right") / len(a)
     gap = gap - np.searchsorted(np.sort(b % period), at, "right") / len(b)

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import circstd, spearmanr, wasserstein_distance
+from scipy.stats import circstd, spearmanr
 from torch import Tensor
 
 from dataset import NpyDataset, some_of_each_class
+from metrics.distances import wasserstein
 from models.flow import Sampler
 from models.generator import Generator
 from models.regressor import LensRegressor, Recovery
@@ -108,13 +109,13 @@ def _conditionals(
         here = np.isin(labels, [label for label, name in enumerate(model.classes) if name in of.classes])
         if {*of.classes} >= {*model.classes} or here.sum() < _FEWEST:
             continue
-        distance, deviation = (_circular, circstd) if of.scale == "angle" else (wasserstein_distance, np.std)
+        period, deviation = (2 * math.pi, circstd) if of.scale == "angle" else (None, np.std)
         if not (spread := deviation(real[here, i])) > 0:
             continue
         values = {
-            "value": distance(generated[here, i], real[here, i]),
+            "value": wasserstein(generated[here, i], real[here, i], period),
             # Of halves, whose distance is by a root of two larger than that of all would be
-            "floor": distance(real[here & even, i], real[here & ~even, i]) / 2**0.5,
+            "floor": wasserstein(real[here & even, i], real[here & ~even, i], period) / 2**0.5,
         }
         found[of.name] = {name: float(value / spread) for name, value in values.items()}
     return found
@@ -146,17 +147,6 @@ def _order(
         alike = read.amax(1) == read.amin(1)  # without any rank
         found[of.name] = sum(spearmanr(grid, row).statistic for row in read[~alike]) / len(read)
     return found
-
-
-def _circular(first: np.ndarray, second: np.ndarray) -> float:
-    """W1 of angles, in radians: the least of those that begin to count anywhere on the circle (Delon et al. 2010)."""
-    angles = np.sort(np.concatenate([first, second]) % (2 * np.pi))
-    lengths = np.diff(np.append(angles, angles[0] + 2 * np.pi))
-    above = [np.searchsorted(np.sort(of % (2 * np.pi)), angles, "right") / len(of) for of in (first, second)]
-    difference = above[0] - above[1]
-    order = difference.argsort()
-    middle = difference[order][np.searchsorted(lengths[order].cumsum(), np.pi)]
-    return float((np.abs(difference - middle) * lengths).sum())
 
 
 def _rms(images: Tensor) -> Tensor:

@@ -80,9 +80,7 @@ def write_lenses(path: str, sample: Sample) -> None:
     plots.save(plots.image_grid(rows), path)
 
 
-def write_json(
-    path: Path, settings: dict[str, Any], samples: list[Sample], told: dict[str, Obedience] | None = None
-) -> None:
+def write_json(path: Path, settings: dict[str, Any], samples: list[Sample], told: dict[str, Obedience]) -> None:
     """report.json: the metrics of the first sample, those of the others under "compared", how they were made, and what
     came of asking for parameters, by generator."""
     reference, everyone = samples[0].reference, _everyone(samples)
@@ -100,7 +98,7 @@ def write_json(
         "metrics": samples[0].metrics,
         "lens_fit": {sample.name: _lens_fit(sample) for sample in everyone if "explained" in sample.measured},
         "confusion": {sample.name: _confusion(sample).tolist() for sample in everyone if _is_classified(sample)},
-        "parameters": {name: {of: found[of] for of in TOLD if of in found} for name, found in (told or {}).items()},
+        "parameters": {name: {of: found[of] for of in TOLD if of in found} for name, found in told.items()},
         "compared": [{"name": s.name, "source": s.source, "metrics": s.metrics} for s in samples[1:]],
     }
     with whole(path) as file:
@@ -118,9 +116,7 @@ def _lens_fit(sample: Sample) -> dict[str, dict[str, float]]:
     return found
 
 
-def write_html(
-    path: Path, settings: dict[str, Any], samples: list[Sample], told: dict[str, Obedience] | None = None
-) -> None:
+def write_html(path: Path, settings: dict[str, Any], samples: list[Sample], told: dict[str, Obedience]) -> None:
     """report.html: self-contained, with the verdict first, then the pictures; the other metrics fold open."""
     everyone, splits = _everyone(samples), settings["NUM_SPLITS"]
     classes, unit = samples[0].dataset.classes, scale_of(samples[0].real)[1]
@@ -160,7 +156,7 @@ def write_html(
                 plots.image_grid(rows),
             )
         )
-    sections += [_obedience(name, found) for name, found in (told or {}).items()]
+    sections += [_obedience(name, found) for name, found in told.items()]
     rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in settings.items())
     sections.append(_folded("Settings", f"<table>{rows}</table>"))
     with whole(path) as file:
@@ -240,10 +236,6 @@ def _some(sample: Sample, label: int, count: int = _SHOWN) -> Tensor:
     return sample.read(torch.nonzero(sample.measured["label"] == label).flatten()[:count])
 
 
-def _of_class(sample: Sample, name: str, label: int) -> np.ndarray:
-    return sample.measured[name][sample.measured["label"] == label].numpy()
-
-
 def _is_classified(sample: Sample) -> bool:
     """Whether there are classes to be told apart."""
     return "probabilities" in sample.measured
@@ -269,8 +261,12 @@ def _bands_figure(samples: Sequence[Sample], name: str, xlabel: str, ylabel: str
 
 def _panels(samples: Sequence[Sample], name: str) -> dict[str, dict[str, np.ndarray]]:
     """A measurement: class -> sample -> values."""
+
+    def of_class(sample: Sample, label: int) -> np.ndarray:
+        return sample.measured[name][sample.measured["label"] == label].numpy()
+
     classes = enumerate(samples[0].dataset.classes)
-    return {of: {sample.name: _of_class(sample, name, label) for sample in samples} for label, of in classes}
+    return {of: {sample.name: of_class(sample, label) for sample in samples} for label, of in classes}
 
 
 def _lens_equation(samples: Sequence[Sample]) -> str:

@@ -18,17 +18,7 @@ from tqdm import tqdm
 import distributed
 from dataset import NpyDataset, some_of_each_class
 from metrics import distances, physics, usefulness
-from metrics.measure import (
-    Measured,
-    Sample,
-    fewest,
-    find_nearest,
-    masks,
-    measure,
-    measure_cached,
-    select,
-    thumbnails,
-)
+from metrics.measure import Measured, Sample, fewest, find_nearest, masks, measure, measure_cached, select, thumbnails
 from metrics.two_sample import HELD_OUT, Read, c2st
 from metrics.usefulness import Usefulness
 from settings import InputError
@@ -143,14 +133,8 @@ def half_size(test: NpyDataset, most: int) -> int:
 
 def halves(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of two disjoint random sets, each with ``count`` images of every class, class by class."""
-    generator = torch.Generator().manual_seed(seed)
-    first, second = [], []
-    for label in labels.unique():
-        of_class = torch.nonzero(labels == label).flatten()
-        order = of_class[torch.randperm(len(of_class), generator=generator)]
-        first.append(order[:count])
-        second.append(order[count : 2 * count])
-    return torch.cat(first), torch.cat(second)
+    both = some_of_each_class(labels, 2 * count, seed).view(-1, 2, count)
+    return both[:, 0].flatten(), both[:, 1].flatten()
 
 
 def check_match(data: NpyDataset, others: dict[str, Any]) -> None:
@@ -287,13 +271,10 @@ def _summary(
     """Mean and standard deviation of a metric over the splits."""
     if not values or name not in values[0][subset]:
         return dict.fromkeys(("value", "value_std", "floor", "floor_std"))
-    of_value, of_floor = ([split[subset][name] for split in splits] for splits in (values, floors))
-    summary = {
-        "value": float(np.mean(of_value)),
-        "value_std": float(np.std(of_value, ddof=min(1, len(values) - 1))),
-        "floor": float(np.mean(of_floor)),
-        "floor_std": float(np.std(of_floor, ddof=min(1, len(values) - 1))),
-    }
+    summary = {}
+    for key, splits in (("value", values), ("floor", floors)):
+        found = [split[subset][name] for split in splits]
+        summary |= {key: float(np.mean(found)), f"{key}_std": float(np.std(found, ddof=min(1, len(found) - 1)))}
     if name == "pqmass":
         p_values = np.concatenate([split[subset]["pqmass p_values"] for split in values])
         summary["uniform"] = float(kstest(p_values, "uniform").pvalue)  # Kolmogorov and Smirnov's

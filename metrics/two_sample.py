@@ -1,7 +1,7 @@
 """C2ST, the classifier two-sample test: a network learns to tell two sets of images apart (Lopez-Paz & Oquab 2017,
 arXiv:1610.06545)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,32 +39,54 @@ def c2st(a: Read, b: Read, labels: Tensor, seed: int = 0) -> tuple[Tensor, Tenso
     order = torch.cat([train[torch.randperm(len(train), generator=generator)] for _ in range(_EPOCHS)])
     batches = order.split(_BATCH_SIZE)[:_STEPS]
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = SmallNetwork(int(labels.max()) + 1, torch.cat([a(order[:256], None), b(order[:256], None)]))
-    optimizer = torch.optim.AdamW(network.parameters(), _LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, len(batches))
+    def read(index: Tensor, random: torch.Generator | None = None) -> Tensor:
+        return torch.cat([a(index, random), b(index, random)])
 
-    def logits_and_answers(index: Tensor, random: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        logits = network(torch.cat([a(index, random), b(index, random)]))
+    def logits_and_answers(network: nn.Module, images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         answers = torch.arange(2).repeat_interleave(len(index))
-        return logits.gather(1, labels[index].repeat(2)[:, None])[:, 0], answers
+        return network(images).gather(1, labels[index].repeat(2)[:, None])[:, 0], answers
 
-    for index in batches:
-        logits, answers = logits_and_answers(index, generator)
-        loss = F.binary_cross_entropy_with_logits(logits, answers.float())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    def loss(network: nn.Module, index: Tensor) -> Tensor:
+        logits, answers = logits_and_answers(network, read(index, generator), index)
+        return F.binary_cross_entropy_with_logits(logits, answers.float())
 
+    network = learned(int(labels.max()) + 1, read(order[:256]), batches, loss, _LEARNING_RATE, seed)
     right, of_class = [], []
     with torch.inference_mode():
         for index in test.split(128):
-            logits, answers = logits_and_answers(index)
+            logits, answers = logits_and_answers(network, read(index), index)
             right.append((logits > 0) == answers)
             of_class.append(labels[index].repeat(2))
     return torch.cat(right), torch.cat(of_class)
+
+
+def learned(
+    outputs: int,
+    examples: Tensor,
+    batches: Sequence[Tensor],
+    loss: Callable[[nn.Module, Tensor], Tensor],
+    rate: float,
+    seed: int,
+) -> "SmallNetwork":
+    """A small network that has learned from batches of indices, whose loss ``loss`` gives.
+
+    Args:
+        outputs: how many it has.
+        examples: images (n, c, s, s) like those that it will be shown.
+        rate: the largest learning rate.
+        seed: of the weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = SmallNetwork(outputs, examples)
+    optimizer = torch.optim.AdamW(network.parameters(), rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, len(batches))
+    for batch in batches:
+        optimizer.zero_grad()
+        loss(network, batch).backward()
+        optimizer.step()
+        schedule.step()
+    return network
 
 
 class SmallNetwork(nn.Module):

@@ -8,13 +8,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import distributed
 from dataset import NpyDataset, some_of_each_class
 from metrics.measure import Sample, fewest, masks
-from metrics.two_sample import Read, SmallNetwork
+from metrics.two_sample import Read, SmallNetwork, learned
 
 FEW = (30, 100, 300)  # real images of a class that generated ones are added to
 TITLES = {"learned": "Accuracy on real images, learned from generated"}
@@ -104,15 +104,9 @@ def _learn(read: Read, labels: Tensor, seed: int) -> SmallNetwork:
     epochs = math.ceil(_STEPS * _BATCH_SIZE / len(labels))
     order = torch.cat([torch.randperm(len(labels), generator=random) for _ in range(epochs)])
     batches = [batch.sort().values for batch in order.split(_BATCH_SIZE)[:_STEPS]]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = SmallNetwork(int(labels.max()) + 1, torch.cat([read(batch, None) for batch in batches[:4]]))
-    optimizer = torch.optim.AdamW(network.parameters(), _LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, len(batches))
-    for batch in batches:
-        loss = F.cross_entropy(network(read(batch, random)), labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return network
+    examples = torch.cat([read(batch, None) for batch in batches[:4]])
+
+    def loss(network: nn.Module, batch: Tensor) -> Tensor:
+        return F.cross_entropy(network(read(batch, random)), labels[batch])
+
+    return learned(int(labels.max()) + 1, examples, batches, loss, _LEARNING_RATE, seed)

@@ -85,8 +85,6 @@ def _excess(name: str, metric: dict[str, Any]) -> float:
     value, floor = metric["value"], metric["floor"]
     if name not in SHARES:
         return value / max(floor, ROUNDING) / FAR_RATIO
-    (low, high), (floor_low, floor_high) = (
-        metric.get("interval", [value] * 2),
-        metric.get("floor_interval", [floor] * 2),
-    )
+    low, high = metric.get("interval", (value, value))
+    floor_low, floor_high = metric.get("floor_interval", (floor, floor))
     return 0.0 if low <= floor_high and floor_low <= high else abs(value - floor) / FAR_DIFFERENCE

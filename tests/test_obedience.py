@@ -13,7 +13,8 @@ from test_parameters import parameter
 
 from dataset import NpyDataset, some_of_each_class
 from evaluate import evaluate_fld
-from metrics.obedience import _circular, obedience
+from metrics.distances import wasserstein
+from metrics.obedience import obedience
 from models.regressor import LensRegressor, Recovery, build_regressor, load_regressor, phases_of
 from scaling import Scaling
 from settings import InputError
@@ -230,12 +231,12 @@ def test_recovery_is_that_of_the_formulas():
 def test_angles_are_moved_the_short_way_round():
     random = np.random.default_rng(0)
     first = random.normal(0, 0.1, 2000) % (2 * np.pi)  # on both sides of the cut
-    assert _circular(first, (first + 0.3) % (2 * np.pi)) == pytest.approx(0.3, rel=0.01)
-    assert _circular(first, (first - 0.3) % (2 * np.pi)) == pytest.approx(0.3, rel=0.01)
-    assert _circular(np.zeros(5), np.full(5, np.pi)) == pytest.approx(np.pi)
-    assert _circular(first, first) == 0
+    assert wasserstein(first, (first + 0.3) % (2 * np.pi), 2 * np.pi) == pytest.approx(0.3, rel=0.01)
+    assert wasserstein(first, (first - 0.3) % (2 * np.pi), 2 * np.pi) == pytest.approx(0.3, rel=0.01)
+    assert wasserstein(np.zeros(5), np.full(5, np.pi), 2 * np.pi) == pytest.approx(np.pi)
+    assert wasserstein(first, first, 2 * np.pi) == 0
     uniform = np.linspace(0, 2 * np.pi, 1000, endpoint=False)
-    assert _circular(np.zeros(1000), uniform) == pytest.approx(np.pi / 2, rel=0.01)
+    assert wasserstein(np.zeros(1000), uniform, 2 * np.pi) == pytest.approx(np.pi / 2, rel=0.01)
 
 
 # The regressor

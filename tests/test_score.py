@@ -229,8 +229,8 @@ def test_other_classes_sizes_and_channels_are_scored_and_reported(classes, shape
     assert f"Of the {'four' if unclassified else 'five'} metrics that decide" in out
     settings = {"CLASSIFIER_PATH": str(tmp_path / "classifier.pt"), "NUM_SPLITS": 2}
     report.write_lenses(tmp_path / "lenses.png", sample)
-    report.write_json(tmp_path / "report.json", settings, [sample])
-    report.write_html(tmp_path / "report.html", settings, [sample])
+    report.write_json(tmp_path / "report.json", settings, [sample], {})
+    report.write_html(tmp_path / "report.html", settings, [sample], {})
     page = (tmp_path / "report.html").read_text()
     assert "Lens equation" not in page
     assert page.count("<details>") == 2
