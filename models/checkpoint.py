@@ -171,10 +171,10 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def generator_weights(content: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights to generate with: those of the EMA, or the plain ones of a checkpoint without it."""
+    """The weights to generate with, under plain names: those of the EMA, or the others of a checkpoint without it."""
     prefix = "ema_model."
     ema = {k.removeprefix(prefix): v for k, v in content.get("ema_state_dict", {}).items() if k.startswith(prefix)}
-    return ema or content["model_state_dict"]
+    return plain_names(ema or content["model_state_dict"])
 
 
 def plain_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import settings
 from dataset import NpyDataset, are_classes, is_image_shape
 from models import flow
-from models.checkpoint import generator_weights, load_checkpoint, load_weights, plain_names
+from models.checkpoint import generator_weights, load_checkpoint, load_weights
 from models.components import EXTRA, ComponentMLP, PrincipalComponents, without_attention
 from models.model import NanoDiT
 from models.population import Population
@@ -51,6 +51,7 @@ SIZES = {
     "ComponentMLP-1024": _MLP | {"components": 1024, "hidden_size": 512},
     "ComponentMLP-512": _MLP | {"components": 512},
 }
+_ASSEMBLED = ("network", "model_config", "prediction", "classes", "image_shape")  # of what a generator is described by
 _BY_IMAGE = Scaling()  # as the published code has it
 # The published code trained one network on one kind of data without writing down either; it used the exact GELU
 _PUBLISHED_CONFIG = {"patch_size": 2, "hidden_size": 512, "depth": 6, "num_heads": 8, "gelu": "none"}
@@ -120,9 +121,8 @@ class Generator(nn.Module):
         already."""
         if not parameters or self.lens_parameters:
             return self
-        config = self.network.config | (self.codec.config if self.codec else {})
-        given = type(self.network).__name__, config, self.prediction, self.classes, self.image_shape, parameters
-        other = _assemble(*given)
+        description = self.description()
+        other = _assemble(*(description[name] for name in _ASSEMBLED), parameters)
         other.network.load_state_dict(self.network.state_dict(), strict=False)
         return self.with_network(other.network, parameters)
 
@@ -221,19 +221,10 @@ class Generator(nn.Module):
             phases = self.population.fill(labels, phases, seed, first)
         condition = self.condition(labels, phases).to(self.device)
         condition = torch.cat([self.embedded(part) for part in condition.split(batch_size)])
-        velocity = self.along(flow.evaluation_times(sampler, self.standard_deviation is not None)[:-1])
-        samples = flow.sample(
-            velocity,
-            condition,
-            self.sample_shape,
-            self.nothing,
-            sampler,
-            seed,
-            batch_size,
-            first,
-            self.standard_deviation,
-            interval,
-        )
+        known = self.standard_deviation
+        velocity = self.along(flow.evaluation_times(sampler, known is not None)[:-1])
+        order = sampler, seed, batch_size, first
+        samples = flow.sample(velocity, condition, self.sample_shape, self.nothing, *order, known, interval)
         if self.codec is None or self.codec.noise is None:
             return self.decode(samples).cpu()
         images = []
@@ -333,21 +324,14 @@ def build_generator(content: dict[str, Any], path: str | Path) -> Generator:
         raise InputError(f"{path}: its weights are of another network: a classifier's, where a generator is wanted")
     try:
         content = of_today(content)
-        weights = plain_names(generator_weights(content))
+        weights = generator_weights(content)
         config = content["model_config"]
         if not 0 < config.get("depth", 1) <= len(weights):
             raise ValueError(f"{config['depth']} blocks")
         parameters = from_plain(content["parameters"])
         if config.get("objects", []) != objects(parameters):
             raise ValueError("a network of other parameters")
-        given = (
-            content["network"],
-            config,
-            content["prediction"],
-            content["classes"],
-            content["image_shape"],
-            parameters,
-        )
+        given = (*(content[name] for name in _ASSEMBLED), parameters)
         with torch.device("meta"), _WithoutRandom():  # costs nothing, whatever sizes a file asks for
             planned = _assemble(*given)
         parts = {"network": weights} | ({"codec": content["codec_state_dict"]} if planned.codec else {})
@@ -378,7 +362,7 @@ def of_today(content: dict[str, Any]) -> dict[str, Any]:
     told |= {"sampler": content.get("sampler", {})}
     if not components:
         return content | told | {"network": "NanoDiT", "model_config": config}
-    codec, weights = without_attention(plain_names(generator_weights(content)))
+    codec, weights = without_attention(generator_weights(content))
     kept = ("hidden_size", "depth", "mlp_ratio", "num_classes", "timestep_freq_scale")
     config = {"components": components} | {name: config[name] for name in kept if name in config}
     told |= {"network": "ComponentMLP", "model_config": config, "model_state_dict": weights, "codec_state_dict": codec}

@@ -24,15 +24,7 @@ import plots
 import settings
 from dataset import NpyDataset
 from files import hold, set_aside, whole
-from models.checkpoint import (
-    check_numbers,
-    generator_weights,
-    load_checkpoint,
-    load_weights,
-    plain_names,
-    progress,
-    save_checkpoint,
-)
+from models.checkpoint import check_numbers, generator_weights, load_checkpoint, load_weights, progress, save_checkpoint
 from models.generator import Generator
 from settings import ROOT, InputError
 
@@ -413,7 +405,7 @@ class Run:
 
 
 def _load_ema(ema: EMA, content: dict[str, Any], path: Path) -> None:
-    averaged, prefix = plain_names(generator_weights(content)), "ema_model."
+    averaged, prefix = generator_weights(content), "ema_model."
     check_numbers(averaged, path)
     counts = {name: value for name, value in content["ema_state_dict"].items() if not name.startswith(prefix)}
     ema.load_state_dict(counts | {f"{prefix}{name}": value for name, value in averaged.items()})

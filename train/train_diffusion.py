@@ -292,9 +292,8 @@ def prepare_generator(images: NpyDataset, before: Generator | None) -> Generator
     sizes = {"patch_size": PATCH_SIZE, "hidden_size": LATENT_DIM, "depth": MODEL_DEPTH, "num_heads": MODEL_HEADS}
     given = {name: value for name, value in (sizes | {"prediction": PREDICTION}).items() if value is not None}
     if START_PATH:
-        size = {
-            name: value for name, value in SIZES.get(MODEL_SIZE, {}).items() if name != "components"
-        }  # its own stay
+        size = dict(SIZES.get(MODEL_SIZE, {}))
+        size.pop("components", None)  # its own stay
         return start_from(before, size | given, images, parameters)
     size = MODEL_SIZE or "NanoDiT-B/2"
     changes, codec = dict(given), None
