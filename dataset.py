@@ -115,7 +115,7 @@ class NpyDataset(Dataset):
         self.cache_dir = _cache_folder(self.root_dir, cache_dir)
         self.transform = transform
         sources = _sources(self.root_dir)
-        self.classes = _find_classes(self.root_dir, sources) if classes is None else tuple(classes)
+        self.classes = find_classes(self.root_dir, sources) if classes is None else tuple(classes)
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
         listing = _list_files(self.root_dir, sources, self.classes)
         self._listed = Counter(file.of for file in listing)
@@ -331,19 +331,6 @@ class _Source(NamedTuple):
     state: tuple[int, ...] = ()  # size and times of change of a file
 
 
-def find_classes(root: str | Path) -> tuple[str, ...]:
-    """Names of the classes of a folder, those of its class folders, stacks or labels, which gives the labels 0, 1, ...
-
-    They are in alphabetical order; whole numbers in files of labels are in their own.
-
-    Every class folder counts, also one without images, which is a class whose images are missing.
-
-    Raises:
-        InputError: when there is none, or one with a name that no class can have.
-    """
-    return _find_classes(Path(root), _sources(Path(root)))
-
-
 def classes_with_files(root: str | Path) -> set[str]:
     """Names of the classes of a folder that there are files of, sound or not; none for a folder without classes."""
     sources = _sources(Path(root))
@@ -351,7 +338,15 @@ def classes_with_files(root: str | Path) -> set[str]:
     return _classes_of([source for source in sources if any(map(is_image_file, folders.get(source.path, ["x.npy"])))])
 
 
-def _find_classes(root: Path, sources: list[_Source]) -> tuple[str, ...]:
+def find_classes(root: Path, sources: list[_Source]) -> tuple[str, ...]:
+    """Names of the classes of a folder, those of its class folders, stacks or labels, which gives the labels 0, 1, ...
+
+    They are in alphabetical order; whole numbers in files of labels are in their own. Every class folder counts, also
+    one without images, which is a class whose images are missing.
+
+    Raises:
+        InputError: when there is none, or one with a name that no class can have.
+    """
     names = _classes_of(sources)
     if _ALL in names:
         raise InputError(f"{root / _ALL}: no class can have this name, which stands for all images: rename it", 2)

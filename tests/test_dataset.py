@@ -24,7 +24,6 @@ from dataset import (
     are_classes,
     diffusion_transforms,
     epoch_batches,
-    find_classes,
     is_class_name,
     load_parts,
     normalize,
@@ -384,7 +383,7 @@ def some_images(folder, classes, shape=(64, 64), count=3):
 def check_folder(folder, classes, shape, monkeypatch):
     """Everything that a data set does holds for images of any classes and shape."""
     first = NpyDataset(folder, diffusion_transforms)
-    assert first.classes == tuple(sorted(classes)) == find_classes(folder)
+    assert first.classes == tuple(sorted(classes))
     assert first.image_shape == first.images.shape[1:] == shape
     for file, image, label in zip(first.files, first.images, first.labels.tolist(), strict=True):
         assert file.startswith(f"{first.classes[label]}/")
