@@ -46,20 +46,20 @@ def main() -> None:
         raise InputError("\n".join(problems))
     for problem in problems:
         print(f"{problem}: skipped")
-    if list(images) == [path.name] and not path.is_dir():
-        probabilities, features = classify(model, images[path.name][None])
-        confidence, index = probabilities[0].max(0)
-        print(f"Predicted Class: '{model.classes[index]}' (Index: {index})")
-        print(f"Confidence: {confidence:.4f}")
-        if kind := unlikeness(model, features, images[path.name].shape[-1])[0]:
-            print(f"Unlike the images that this classifier was trained on ({kind}): do not trust it here")
-        return
     found = {}
     for shape in {image.shape for image in images.values()}:  # the classifier resizes all of one size at once
         names = [name for name, image in images.items() if image.shape == shape]
         probabilities, features = classify(model, torch.stack([images[name] for name in names]))
         kinds = unlikeness(model, features, shape[-1])
         found |= dict(zip(names, zip(probabilities, kinds, strict=True), strict=True))
+    if list(images) == [path.name] and not path.is_dir():
+        probabilities, kind = found[path.name]
+        confidence, index = probabilities.max(0)
+        print(f"Predicted Class: '{model.classes[index]}' (Index: {index})")
+        print(f"Confidence: {confidence:.4f}")
+        if kind:
+            print(f"Unlike the images that this classifier was trained on ({kind}): do not trust it here")
+        return
     confidences, indices = torch.stack([found[name][0] for name in images]).max(1)
     called = [model.classes[index] for index in indices]
     kinds = [found[name][1] for name in images] if model.calibration else None

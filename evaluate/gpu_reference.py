@@ -168,10 +168,8 @@ def simulate(device: torch.device) -> dict[str, Lenses]:
         of_class = [row for row in rows if row["class"] == name]
         parts = (of_class[first : first + at_once] for first in range(0, NUM_PER_CLASS, at_once))
         images += [normalize(render_many(part, device)[:, None]) for part in parts]
-    images, labels = (
-        torch.cat(images),
-        torch.arange(len(MODEL_II.classes), device=device).repeat_interleave(NUM_PER_CLASS),
-    )
+    images = torch.cat(images)
+    labels = torch.arange(len(MODEL_II.classes), device=device).repeat_interleave(NUM_PER_CLASS)
     splits = np.array([split_of(f"{i}.npy") for i in range(NUM_PER_CLASS)] * len(MODEL_II.classes))
     index = {name: torch.from_numpy(np.flatnonzero(splits == name)).to(device) for name in ("train", "val", "test")}
     return {name: Lenses(images[of_split], labels[of_split]) for name, of_split in index.items()}
