@@ -68,7 +68,8 @@ Positive = Annotated[float, Interval(0, low_open=True)]
 NotNegative = Annotated[float, Interval(0)]
 Guidance = Annotated[float, Interval(0, 1000)]  # more has no meaning, and ends in numbers that are none
 Fraction = Annotated[float, Interval(0, 1, high_open=True)]
-LastTime = Annotated[float, Interval(0, 0.9, low_open=True, high_open=True)]  # the grid begins at 0.9
+FirstTime = Annotated[float, Interval(0.9, 1, high_open=True)]
+LastTime = Annotated[float, Interval(0, 0.9, low_open=True, high_open=True)]
 InnerFraction = Annotated[float, Interval(0, 1, low_open=True, high_open=True)]
 Names = tuple[str, ...]  # as a flag, with commas between
 

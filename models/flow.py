@@ -127,15 +127,15 @@ def guided(
     return velocity_with_guidance
 
 
-def time_grid(steps: int, name: str = "uniform", last: float = _LAST) -> list[float]:
+def time_grid(steps: int, name: str = "uniform", last: float = _LAST, first: float = _FIRST) -> list[float]:
     """Times from 1 to 0.
 
     "uniform"; "cosine", (1 + cos(pi i / steps)) / 2, which is denser towards both ends; or "logit", where after the
     first step the signal-to-noise ratio (1 - t) / t grows by the same factor each time (arXiv:2206.00927).
     """
     if name == "logit":
-        first, end = _log_snr(_FIRST), _log_snr(last)
-        inner = (first + (end - first) * i / max(1, steps - 2) for i in range(steps - 1))
+        begin, end = _log_snr(first), _log_snr(last)
+        inner = (begin + (end - begin) * i / max(1, steps - 2) for i in range(steps - 1))
         return [1.0, *(1 / (1 + math.exp(log_snr)) for log_snr in inner), 0.0]
     if name == "cosine":
         return [math.sin(math.pi / 2 * i / steps) ** 2 for i in range(steps, -1, -1)]
@@ -144,7 +144,8 @@ def time_grid(steps: int, name: str = "uniform", last: float = _LAST) -> list[fl
 
 def evaluation_times(sampler: "Sampler", first_is_free: bool) -> list[float]:
     """Grid of a sampler; where the first step takes no evaluation, from its end on, with one more step after it."""
-    return time_grid(sampler.steps + first_is_free, sampler.grid, sampler.last)[first_is_free:]
+    grid = time_grid(sampler.steps + first_is_free, sampler.grid, sampler.last, sampler.first)
+    return grid[first_is_free:]
 
 
 def deviation(standard_deviation: Tensor, t: Tensor) -> Tensor:
@@ -239,6 +240,8 @@ class Sampler:
         tolerance: None, or by how much of its norm an image may differ from the one predicted a step before; any other
             is made again, from the same noise, in twice as many steps (error control as in arXiv:2105.14080).
         last: last time before 0 of the grid "logit". What is fainter than it is lost: noise of the images, too.
+        first: first time after 1 of that grid. Before it, images of a codec are taken for Gaussian: too early a time
+            makes them too much alike.
 
     Raises:
         ValueError: for what cannot be.
@@ -250,10 +253,11 @@ class Sampler:
     grid: str = "uniform"
     tolerance: float | None = None
     last: float = _LAST
+    first: float = _FIRST
 
     def __post_init__(self):
         known = self.solver in SOLVERS and self.grid in TIME_GRIDS
-        known &= 0 < self.last < _FIRST
+        known &= 0 < self.last < self.first < 1
         known &= self.tolerance is None or 0 <= self.tolerance < math.inf
         if not (known and isinstance(self.steps, int) and 0 < self.steps <= 10_000 and 0 <= self.cfg_scale < math.inf):
             raise ValueError(f"no such sampler: {self}")

@@ -355,3 +355,25 @@ def test_what_is_fainter_than_the_last_time_is_lost(last, kept):
     assert images.var() / deviation**2 == pytest.approx(kept, abs=0.03)
     with pytest.raises(ValueError, match="no such sampler"):
         flow.Sampler(last=0.95)
+
+
+def test_a_first_time_nearer_to_noise_keeps_what_is_rare():
+    """Of images that are bright once in ten times, by the exact velocity of the two Gaussians."""
+    deviations, shares = torch.tensor([1.0, 12.0], dtype=torch.float64), torch.tensor([0.9, 0.1], dtype=torch.float64)
+
+    def velocity(z, t, labels):
+        t = t[0]
+        variances = ((1 - t) * deviations) ** 2 + t**2
+        likely = shares * (-(z.view(-1, 1) ** 2) / (2 * variances)).exp() / variances.sqrt()
+        image = (likely * (1 - t) * deviations**2 / variances).sum(1) / likely.sum(1) * z.flatten()
+        return (z - image.view_as(z)) / t
+
+    noise, labels = torch.randn(50000, 1, 1, 1, dtype=torch.float64), torch.zeros(50000)
+    deviation = (shares * deviations**2).sum().sqrt().view(1, 1, 1)
+    spread = {}
+    for first in (0.9, 0.98):
+        times = flow.evaluation_times(flow.Sampler(40, 1.0, "multistep", "logit", first=first), True)
+        images = flow.multistep(velocity, flow.start(noise, deviation, times[0]), labels, times)
+        spread[first] = (images.std() / deviation).item()
+    assert spread[0.98] == pytest.approx(1, abs=0.03)
+    assert spread[0.9] < 0.93

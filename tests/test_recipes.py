@@ -118,7 +118,7 @@ def test_a_file_of_weights_has_the_recipe_that_makes_it(path):
         return
     model = build_untrained(script["MODEL_SIZE"], MODEL_II.classes, MODEL_II.image_shape, from_plain(told))
     assert {name: today[name] for name in model.description()} == model.description()
-    names = ("NUM_ODE_STEPS", "CFG_SCALE", "SOLVER", "TIME_GRID", "TOLERANCE", "LAST_TIME")
+    names = ("NUM_ODE_STEPS", "CFG_SCALE", "SOLVER", "TIME_GRID", "TOLERANCE", "LAST_TIME", "FIRST_TIME")
     assert flow.Sampler(**content["sampler"]) == flow.Sampler(*(script[name] for name in names))
     assert content["epoch"] == script["EPOCHS"]
     for name in ("BATCH_SIZE", "LEARNING_RATE", "ADAM_BETA2", "TIME_MEDIAN", "TIME_WIDTH", "EMA_BETA", "SEED"):

@@ -55,6 +55,7 @@ RECIPES: Recipes = {
             "MODEL_SIZE": "ComponentMLP-1024",
             "EPOCHS": 800,
             "NUM_ODE_STEPS": 12,
+            "FIRST_TIME": 0.95,
             "LAST_TIME": 0.01,
             "SAMPLE_INTERVAL": 100,
             "CHECKPOINT_SAVE_INTERVAL": 100,

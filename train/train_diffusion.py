@@ -38,6 +38,7 @@ from parameters import Parameter, are_of, fit, name_of
 from settings import (
     Count,
     Epochs,
+    FirstTime,
     Fraction,
     Guidance,
     InnerFraction,
@@ -92,7 +93,8 @@ CFG_SCALE: Guidance = 5.0  # Guidance scale of samples, wherever the checkpoint 
 NUM_ODE_STEPS: Steps = 50  # From noise to image, likewise
 SOLVER: Literal[(*flow.SOLVERS,)] = "euler"  # Likewise; "multistep" needs fewer steps; "heun" evaluates twice in each
 TIME_GRID: Literal[flow.TIME_GRIDS] = "uniform"  # Of the steps; "logit" for SOLVER = "multistep"
-LAST_TIME: LastTime = 0.03  # Of TIME_GRID = "logit", before 0; less for images with noise, with more steps
+FIRST_TIME: FirstTime = 0.9  # Of TIME_GRID = "logit", after 1; nearer to it, with more steps, for more varied images
+LAST_TIME: LastTime = 0.03  # Of the same, before 0; less for images with noise, with more steps
 TOLERANCE: NotNegative | None = None  # 0.04: images that the last step changes by over 4% get twice the steps
 NUM_SAMPLES_PER_CLASS: Count = 4  # Samples of each class in a grid
 SAMPLE_INTERVAL: Count = 10  # Epochs between sample grids
@@ -127,7 +129,7 @@ def main() -> None:
     run.begin(images, generator.description())
     network = generator.to(device).network
     guidance = CFG_SCALE if len(images.classes) > 1 else 1.0  # of one class, there is nothing to be truer to
-    generator.sampler = flow.Sampler(NUM_ODE_STEPS, guidance, SOLVER, TIME_GRID, TOLERANCE, LAST_TIME)
+    generator.sampler = flow.Sampler(NUM_ODE_STEPS, guidance, SOLVER, TIME_GRID, TOLERANCE, LAST_TIME, FIRST_TIME)
     run.content |= {"sampler": asdict(generator.sampler)}
     phases = take_population(generator, images, run)
     announce(generator, EPOCHS * len(images))
