@@ -297,7 +297,7 @@ def split_of(file: str | Path) -> str:
 
 def _cache_folder(root: Path, cache_dir: str | Path | None) -> Path:
     """Where the cache of a folder is: in the folder, or in one of its own under ``cache_dir``."""
-    if cache_dir is None:
+    if cache_dir is None or Path(cache_dir).resolve() == root.resolve():  # a folder more would be a class
         return root
     place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
     return Path(cache_dir) / f"{root.resolve().name}_{place}"

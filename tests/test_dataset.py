@@ -793,6 +793,11 @@ def test_the_cache_can_be_kept_outside_the_data(data_copy, tmp_path, monkeypatch
         assert torch.equal(NpyDataset(folder, cache_dir=tmp_path / "cache").images, expected)
 
 
+def test_the_folder_of_the_images_is_where_the_cache_is_anyway(data_copy):
+    for _ in range(2):
+        assert NpyDataset(data_copy, cache_dir=data_copy).classes == CLASSES
+
+
 # Transforms and batches
 
 
