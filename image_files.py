@@ -86,8 +86,11 @@ def stem_of(name: str) -> str:
     return name[: -max(len(ending) for ending in _ENDINGS if name.lower().endswith(ending))]
 
 
-def read_image(path: str | Path) -> LensImage:
+def read_image(path: str | Path, shape: Shape | None = None) -> LensImage:
     """The image of a file that holds one: ``image, mass = read_image(path)``, see ``LensImage``.
+
+    Args:
+        shape: that the image must have; None takes any.
 
     Raises:
         InputError: with the path and what is wrong with the file; a ``StackError`` when it is a stack.
@@ -97,7 +100,7 @@ def read_image(path: str | Path) -> LensImage:
             one = f"an image is {_wanted()}"
             raise StackError(f"has shape {array.shape}: as a stack it holds {array.shape[0]} images, {one}")
         pixels = array.whole()
-        return _checked(pixels, array)
+        return _checked(pixels, array, shape)
 
 
 def read_stack(path: str | Path, count: int | None = None) -> Iterator[LensImage | InputError]:
@@ -211,12 +214,15 @@ class _Array(NamedTuple):
     pixel_scale: float = np.nan
 
 
-def _checked(pixels: np.ndarray, array: _Array) -> LensImage:
+def _checked(pixels: np.ndarray, array: _Array, shape: Shape | None = None) -> LensImage:
     """An image, from its pixels with their axes as in the file."""
     pixels = pixels.astype(np.float64)
+    image = LensImage(pixels, array.values, array.pixel_scale)
+    if shape is not None and image[0].shape != shape:
+        raise InputError(other_shape(image[0].shape, shape))
     if problem := _what_hides(pixels):
         raise InputError(problem)
-    return LensImage(pixels, array.values, array.pixel_scale)
+    return image
 
 
 @contextmanager
