@@ -6,8 +6,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from settings import InputError
-
 KINDS = ("image", "set", "asinh")
 _SOFTENING = 1e-4  # least softening of "asinh", as a share of the range
 
@@ -41,7 +39,7 @@ class Scaling:
         """The scaling of a kind for images (n, c, s, s) that fill [0, 1] each, and their minima and maxima (n,).
 
         Raises:
-            InputError: for images that are no light on a darker sky.
+            ValueError: for images that are no light on a darker sky.
         """
         if kind == "image":
             return cls()
@@ -50,7 +48,7 @@ class Scaling:
         noise = 1.4826 * (pixels - sky[:, None]).abs().median(1).values.median().item()  # of a Gaussian sky
         sky, brightest = sky.median().item(), high.quantile(0.99).item()
         if brightest <= sky:
-            raise InputError(f"--scaling {kind}: nothing is brighter than the sky; --scaling image takes such images")
+            raise ValueError("nothing is brighter than the sky")
         return cls(kind, sky, brightest, max(noise, _SOFTENING * (brightest - sky)))
 
     def apply(self, images: Tensor, low: Tensor, high: Tensor) -> Tensor:

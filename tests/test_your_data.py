@@ -13,7 +13,6 @@ from dataset import NpyDataset
 from models.classifier import load_classifier
 from models.generator import SIZES, generate_image, load_model
 from scaling import Scaling
-from settings import InputError
 
 COUNT = 80  # images a class
 
@@ -172,13 +171,13 @@ def test_flux_comes_back_in_the_unit_of_the_data(kind, tmp_path, undrawn, monkey
     assert saved.max() > 200  # in the unit of the data, too
 
 
-def test_images_darker_than_their_sky_keep_no_flux(tmp_path):
-    images = np.ones((9, 16, 16))
+def test_images_darker_than_their_sky_keep_no_flux(tmp_path, capsys):
+    images = np.ones((30, 16, 16))
     images[:, 6:9, 6:9] = 0.5
-    class_folders(tmp_path, {"a": images})
-    data = NpyDataset(tmp_path)
-    with pytest.raises(InputError, match="--scaling set: nothing is brighter than the sky"):
-        Scaling.of("set", data.images, torch.from_numpy(data.low), torch.from_numpy(data.high))
+    class_folders(tmp_path / "data", {"a": images})
+    with pytest.raises(SystemExit):
+        run_script("train/train_diffusion.py", "--scaling", "set", "--batch_size", 5, "--data_dir", tmp_path / "data")
+    assert "--scaling set: nothing is brighter than the sky; --scaling image takes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["image", "set", "asinh"])

@@ -245,7 +245,7 @@ def choose_scaling(images: NpyDataset, before: Generator | None) -> scaling.Scal
     """SCALING for these images, or that of a generator to go on with.
 
     Raises:
-        InputError: when that one is of another kind.
+        InputError: when that one is of another kind, or these images are not brighter than their sky.
     """
     if before:
         if before.scaling.kind != SCALING:
@@ -253,7 +253,10 @@ def choose_scaling(images: NpyDataset, before: Generator | None) -> scaling.Scal
         return before.scaling
     some = some_of_each_class(images.labels, 200)
     low, high = (torch.from_numpy(values[some]) for values in (images.low, images.high))
-    return scaling.Scaling.of(SCALING, images.read(some), low, high)
+    try:
+        return scaling.Scaling.of(SCALING, images.read(some), low, high)
+    except ValueError as error:
+        raise InputError(f"--scaling {SCALING}: {error}; --scaling image takes such images") from None
 
 
 def choose_parameters(images: NpyDataset, before: Generator | None) -> tuple[Parameter, ...]:
