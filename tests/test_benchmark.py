@@ -112,9 +112,9 @@ def test_the_generator_is_timed_for_other_sizes_too(size, pixels):
 
 
 def test_sizes_that_no_image_has_are_not_timed():
-    small = {"hidden_size": 16, "depth": 1, "components": 20}
+    small = {"hidden_size": 16, "depth": 1, "components": 100}
     assert benchmark.sizes(build_untrained("ComponentMLP-512", ("a",), (1, 150, 150), **small)) == [75, 150]
-    assert benchmark.sizes(build_untrained("ComponentMLP-512", ("a",), (1, 8, 8), **small)) == [8, 16, 32]
+    assert benchmark.sizes(build_untrained("ComponentMLP-512", ("a",), (1, 16, 16), **small)) == [16, 32, 64]
 
 
 def test_the_batch_size_reaches_both_rates(monkeypatch, tmp_path, capsys):
