@@ -43,7 +43,7 @@ _ENDINGS = (".npy", ".npz", *_FITS)
 _SIZES, _MOST_CHANNELS = range(8, 257), 16  # pixels on a side
 # Some pixels hide the others when all but 1% on either side have less than this share of the range of an image, or when
 # no pixel has a value in so large a share of it
-_LEAST, _GAP = 0.02, 0.9
+_LEAST, _GAP = 0.002, 0.9
 _LARGEST_FILE = 2**25  # bytes; the largest image of the widest numeric type takes half of it
 _LARGEST_PAIR = 2**22  # bytes; a pickle of many small things takes many times its size
 _MOST_HDUS = 100  # in front of the image in a FITS file
