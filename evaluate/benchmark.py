@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plots
 import settings
-from dataset import is_image_shape, load_parts
+from dataset import load_parts
 from files import hold, whole
 from metrics.lens_distance import LensDistance
 from metrics.score import check_match
@@ -80,7 +80,7 @@ def main() -> None:
     strict = replace(model.sampler, tolerance=None)
     growth = {
         "images at once": {n: cost(model, n, model.sampler) for n in _BATCHES},
-        "pixels": {n: cost(of_pixels(model, n), BATCH_SIZE, strict) for n in sizes(model)},
+        "pixels": {n: cost(other, BATCH_SIZE, strict) for n, other in other_sizes(model)},
         "NFE": {n: found[_named(n)]["seconds"] for n in _NFE},
     }
     memory = peak_memory(CHECKPOINT_PATH, _BATCHES) if device.type == "cpu" else {}
@@ -174,23 +174,19 @@ def draw(model: Generator, images: int, sampler: flow.Sampler) -> Tensor:
     return model.generate(torch.arange(images) % len(model.classes), sampler, batch_size=images)
 
 
-def sizes(model: Generator) -> list[int]:
-    """Half the generator's image size to four times it, as far as there are such images and its network fits them."""
+def other_sizes(model: Generator) -> Iterator[tuple[int, Generator]]:
+    """Untrained generators like ``model`` for images of half its pixels on a side to four times, where it fits them."""
     channels, size, _ = model.image_shape
-    patch, components = (model.network.config.get(name, 1) for name in ("patch_size", "components"))
-    there = [n for n in (size // 2, size, 2 * size, 4 * size) if is_image_shape((channels, n, n))]
-    return [n for n in there if n % min(patch, n) == 0 and components <= channels * n**2]
-
-
-def of_pixels(model: Generator, pixels: int) -> Generator:
-    """An untrained generator like ``model`` for images of another size."""
     config = {"prediction": model.prediction} | model.network.config
     config.pop("input_size", None)
-    if "patch_size" in config:
-        config["patch_size"] = min(config["patch_size"], pixels)
-    like = next(name for name, size in SIZES.items() if size["network"] == type(model.network).__name__)
-    shape = (model.image_shape[0], pixels, pixels)
-    return build_untrained(like, model.classes, shape, **config).to(model.device).eval()
+    like = next(name for name, of_size in SIZES.items() if of_size["network"] == type(model.network).__name__)
+    for n in (size // 2, size, 2 * size, 4 * size):
+        patch = {"patch_size": min(config["patch_size"], n)} if "patch_size" in config else {}
+        try:
+            other = build_untrained(like, model.classes, (channels, n, n), **config | patch)
+        except ValueError:  # no such images, or not for this network
+            continue
+        yield n, other.to(model.device).eval()
 
 
 def cost(model: Generator, images: int, sampler: flow.Sampler) -> float:

@@ -40,7 +40,7 @@ class LensDistance:
         """Ratios for images (n, c, h, w) of ``labels``: "overall" and each class."""
         features = classify(self.classifier, normalize(images), show_progress=False)[1]
         found = self._distances([features] * len(self.real))
-        return {subset: ratio({"value": found[subset], "floor": self.floor[subset]}) for subset in found}
+        return {subset: ratio(found[subset], self.floor[subset]) for subset in found}
 
     def _distances(self, others: list[Tensor]) -> dict[str, float]:
         """Mean over the splits of the distances to the features of ``others``, one set for each split."""

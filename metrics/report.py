@@ -48,7 +48,8 @@ def print_table(sample: Sample, count: int) -> None:
         floor = FLOORS.get(name, f"  floor: real against real{space}")
         rows.append((floor, [with_deviation(name, metric, "floor") for metric in metrics]))
         if name in DISTANCES:
-            rows.append((f"  ratio to the floor{space}", [number(name, ratio(metric)) for metric in metrics]))
+            ratios = [number(name, ratio(metric["value"], metric["floor"])) for metric in metrics]
+            rows.append((f"  ratio to the floor{space}", ratios))
     first, width = max(len(title) for title, _ in rows), max(20, 2 + max(map(len, subsets)))
     print(f"\n{sample.name}")
     for title, cells in rows:
@@ -73,9 +74,10 @@ def write_lenses(path: str, sample: Sample) -> None:
     rows, real = {}, sample.reference.sample
     for label, name in enumerate(sample.dataset.classes):
         rows[f"{name}\nreal"] = _some(real, label).numpy()
-        distance = ratio(sample.metrics["frechet_lens"][name])
+        distance = sample.metrics["frechet_lens"][name]
         accuracy = sample.metrics["class_accuracy"][name]["value"]
-        scores = f"Fréchet {distance:.1f} x floor" + (f"\nclassifier {accuracy:.0%}" if accuracy is not None else "")
+        scores = f"Fréchet {ratio(distance['value'], distance['floor']):.1f} x floor"
+        scores += f"\nclassifier {accuracy:.0%}" if accuracy is not None else ""
         rows[f"{name}\ngenerated\n{scores}"] = _some(sample, label).numpy()
     plots.save(plots.image_grid(rows), path)
 

@@ -253,9 +253,9 @@ def apart(metric: dict[str, Any], splits: int) -> bool:
     return abs(metric["value"] - metric["floor"]) > max(limit, ROUNDING)
 
 
-def ratio(metric: dict[str, Any]) -> float:
+def ratio(value: float, floor: float) -> float:
     """A metric over its floor."""
-    return metric["value"] / metric["floor"] if metric["floor"] else math.inf
+    return value / floor if floor else math.inf
 
 
 def number(name: str, value: float | None, digits: int = 3) -> str:

@@ -103,9 +103,9 @@ def test_images_without_a_recipe_have_no_simulators():
 def test_the_generator_is_timed_for_other_sizes_too(size, pixels):
     small = {"hidden_size": 16, "depth": 1} | ({"num_heads": 2} if "Nano" in size else {"components": 20})
     model = build_untrained(size, ("a", "b"), (2, 32, 32), **small)
-    assert benchmark.sizes(model) == pixels
-    for n in pixels:
-        other = benchmark.of_pixels(model, n)
+    others = dict(benchmark.other_sizes(model))
+    assert list(others) == pixels
+    for n, other in others.items():
         assert other.image_shape == (2, n, n)
         assert other.network.config["hidden_size"] == 16
         assert other.classes == model.classes
@@ -113,8 +113,9 @@ def test_the_generator_is_timed_for_other_sizes_too(size, pixels):
 
 def test_sizes_that_no_image_has_are_not_timed():
     small = {"hidden_size": 16, "depth": 1, "components": 100}
-    assert benchmark.sizes(build_untrained("ComponentMLP-512", ("a",), (1, 150, 150), **small)) == [75, 150]
-    assert benchmark.sizes(build_untrained("ComponentMLP-512", ("a",), (1, 16, 16), **small)) == [16, 32, 64]
+    for size, pixels in ((150, [75, 150]), (16, [16, 32, 64])):
+        model = build_untrained("ComponentMLP-512", ("a",), (1, size, size), **small)
+        assert [n for n, _ in benchmark.other_sizes(model)] == pixels
 
 
 def test_the_batch_size_reaches_both_rates(monkeypatch, tmp_path, capsys):
