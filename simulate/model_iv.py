@@ -111,6 +111,7 @@ def _populations(recipe: Recipe) -> dict[str, Callable[[], Any]]:
     import colossus.settings
 
     colossus.settings.PERSISTENCE = ""  # no files in the user's home, which processes would write at once
+    _keep_cosmologies()
     from pyHalo.PresetModels.cdm import CDM
     from pyHalo.PresetModels.uldm import ULDM
 
@@ -120,6 +121,24 @@ def _populations(recipe: Recipe) -> dict[str, Callable[[], Any]]:
     # Without the fluctuations of the main halo, for which pyHalo must be told where the images lie
     axion = partial(ULDM, recipe.z_lens, recipe.z_source, _AXION_MASS, flucs=False, kwargs_cosmo=universe)
     return {"cdm": partial(cold, cone_opening_angle_arcsec=_CONE), "axion": axion}
+
+
+@cache
+def _keep_cosmologies() -> None:
+    """Has pyHalo make a cosmology once, and not for every image: its tables take longer than the haloes of axions."""
+    from colossus.cosmology.cosmology import setCurrent
+    from pyHalo import pyhalo
+
+    make, made = pyhalo.Cosmology, {}
+
+    def once(of_astropy: Any, parameters: dict[str, float]) -> Any:
+        key = tuple(parameters.items())
+        if key not in made:
+            made[key] = make(of_astropy, parameters)
+        setCurrent(made[key].colossus)
+        return made[key]
+
+    pyhalo.Cosmology = once
 
 
 @cache
