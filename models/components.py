@@ -31,6 +31,7 @@ _FAINTEST = 0.2  # of the brightest component: with less, the bright ones are le
 # where there is no light, or at the highest frequencies (from a share of the largest on); the latter are told from
 # structure only where they are more than 2% of the light
 _WHITE, _HIGHEST, _IN_SKY, _NOISY = 0.1, 0.8, 0.001, 0.02
+_OVERFITTED = 2.0  # components of so much more variance in the images they are fitted to than in others are left out
 _NOISE_OF = 4  # pixels to a component of noisy images; more components leave too little to learn the law of noise from
 EXTRA = 3  # coefficients of a noisy image beside those of its components
 _FARTHEST = 5.0  # deviations of these that an image may have: one in a thousand was drawn with 9, and spoiled
@@ -80,42 +81,53 @@ class PrincipalComponents(nn.Module):
         arXiv:0909.4061)."""
         brightness = _brightness(images).square().mean().sqrt() if keeps_flux else None
         light = _light(images, brightness)
-        mean = light.mean(0)
+        mean, power_of_light = light.mean(0), light.square().mean()
+        light -= mean  # in place: it may be a gigabyte
         size, pixels = min(size, len(light) // 2, light.shape[1]), light.shape[1]
 
+        def describe(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            coefficients = light @ vectors
+            return vectors, coefficients, light - coefficients @ vectors.T
+
         def fit(images: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-            vectors = torch.pca_lowrank(images, size, center=False)[2]
-            coefficients = (light - mean) @ vectors
-            return vectors, coefficients, light - mean - coefficients @ vectors.T
+            return describe(torch.pca_lowrank(images, size, center=False)[2])
 
         fewer = min(size, pixels // 2)  # all of them would leave nothing over to tell noise by
-        vectors, coefficients, left = fit(light - mean, fewer)
+        vectors, coefficients, left = fit(light, fewer)
         white = _white_noise(left.view(images.shape)) * len(light) / (len(light) - fewer)
         power = left.square().mean(0)
         sky = power[mean.argsort()[: len(mean) // 10]].mean()  # where there is no light, structure has none to leave
-        share, least = power.mean() / light.square().mean(), _WHITE * power.mean()
+        share, least = power.mean() / power_of_light, _WHITE * power.mean()
         noisy = bool((sky > least and share > _IN_SKY**2) or (white.mean() > least and share > _NOISY**2))
+        others = -(-len(light) // 4)
         if noisy:
-            size = max(1, min(size, pixels // _NOISE_OF))
-            quiet = _without_noise((light - mean).view(images.shape), white).flatten(1)
-            vectors, coefficients, left = fit(quiet, size)
+            # Components are fitted to the noise of those very images, too. Of which they are little else, and what
+            # noise is, is told by other images
+            quiet = _without_noise(light[others:].view(-1, *images.shape[1:]), white).flatten(1)
+            vectors, coefficients, left = fit(quiet, max(1, min(size, pixels // _NOISE_OF)))
+            here, there = (part.square().mean(0) for part in (coefficients[others:], coefficients[:others]))
+            lasting = here < _OVERFITTED * there
+            lasting[0] = True
+            vectors, coefficients, left = describe(vectors[:, lasting])
         elif fewer < size:
-            vectors, coefficients, left = fit(light - mean, size)
-        codec = cls(images.shape[1:], size, noisy, keeps_flux)
+            vectors, coefficients, left = fit(light, size)
+        codec = cls(images.shape[1:], len(vectors.T), noisy, keeps_flux)
         if keeps_flux:
             codec.brightness.copy_(brightness)
         codec.mean.copy_(mean)
         codec.vectors.copy_(vectors)
-        codec.standard_deviation[:size] = coefficients.std(0).clamp_min(1e-4)
+        codec.standard_deviation[: len(vectors.T)] = coefficients.std(0).clamp_min(1e-4)
         if codec.noise is not None:
-            codec._fit_noise(light, left)
+            codec._fit_noise(light + mean, left, others)
         return codec
 
-    def _fit_noise(self, light: Tensor, left: Tensor) -> None:
-        """Sets noise law and noise level by light (n, pixels) and what the components leave over of it."""
+    def _fit_noise(self, light: Tensor, left: Tensor, others: int) -> None:
+        """Sets noise level and noise law by light (n, pixels) and what the components leave over of it; the law by the
+        first ``others`` images, to which the components are not fitted."""
         extra = self._extra(light, left)
         self.extra.copy_(torch.stack([extra.mean(0), extra.std(0).clamp_min(1e-3)]))
         self.standard_deviation[-EXTRA:] = self.standard_deviation[0]  # as important as the brightest component
+        light, left, extra = light[:others], left[:others], extra[:others]
         # ``decode`` draws noise around a smooth part that it takes that noise's own components off. The law is learned
         # around the same: noise like that of the image, of random signs, stands for the noise that will be drawn
         share = self.vectors.square().sum(1).clamp_max(0.95)

@@ -46,8 +46,11 @@ def test_a_subset_is_of_all_images_in_all_orientations():
     some = some_of_all(images, "square", 10**6)
     assert len(as_tuples(some)) == len(some) == 400
     few = some_of_all(images, "square", 100)
-    assert len(few) == 100
+    assert len(as_tuples(few)) == len(few) == 100
     assert as_tuples(few) <= as_tuples(some)
+    pairs = [{int(image.min()) // 10 for image in pair} for pair in few.split(2)]  # of one image, side by side
+    assert sorted(next(iter(numbers)) for numbers in pairs) == list(range(50))
+    assert all(len(numbers) == 1 for numbers in pairs)
     assert torch.equal(
         some_of_all(images, "none", 20), images[torch.randperm(50, generator=torch.Generator().manual_seed(0))[:20]]
     )

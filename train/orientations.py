@@ -37,7 +37,11 @@ def oriented(images: Tensor, orientations: Tensor, symmetry: str) -> Tensor:
 
 
 def some_of_all(images: Tensor, symmetry: str, most: int) -> Tensor:
-    """At most so many of all images (n, c, s, s) in all orientations, at random."""
-    count = len(images) * len(SYMMETRIES[symmetry])
-    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]
-    return oriented(images[chosen % len(images)], chosen // len(images), symmetry)
+    """At most so many images (n, c, s, s), at random; each in as many orientations, one after the other, as leave room
+    for all images."""
+    ways = len(SYMMETRIES[symmetry])
+    each = min(ways, max(1, most // len(images)))
+    random = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(images), generator=random)[: most // each]
+    orientations = torch.rand(len(chosen), ways, generator=random).argsort(1)[:, :each]
+    return oriented(images[chosen.repeat_interleave(each)], orientations.flatten(), symmetry)

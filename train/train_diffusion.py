@@ -110,7 +110,7 @@ DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU w
 WORTH_STARTING_HOURS: Positive = 168.0  # A run estimated to take longer is announced with the size that would not
 
 _VALIDATION_IMAGES = 512  # enough to tell the best checkpoint
-_FITTED_BYTES = 2**29  # of images, at most, that principal components are fitted to
+_FITTED_BYTES = 2**30  # of images, at most, that principal components are fitted to
 
 
 def main() -> None:
