@@ -70,9 +70,9 @@ class PrincipalComponents(nn.Module):
         self.standard_deviation = nn.Parameter(torch.ones(size + EXTRA * noisy), requires_grad=False)
         # Root mean square of the light of all images, where it is not scaled to the same in each
         self.brightness = nn.Parameter(torch.tensor(1.0), requires_grad=False) if keeps_flux else None
-        # Mean and deviation of the logarithms of noise levels and brightest pixel
+        # Mean and deviation of the logarithms of noise levels over the brightest pixel, and of that pixel
         extra = torch.tensor([[0.0] * EXTRA, [1.0] * EXTRA])
-        self.extra = nn.Parameter(extra, requires_grad=False) if noisy else None
+        self.noisiness = nn.Parameter(extra, requires_grad=False) if noisy else None
         self.noise = NoiseLaw(image_shape) if noisy else None
 
     @classmethod
@@ -125,7 +125,7 @@ class PrincipalComponents(nn.Module):
         """Sets noise level and noise law by light (n, pixels) and what the components leave over of it; the law by the
         first ``others`` images, to which the components are not fitted."""
         extra = self._extra(light, left)
-        self.extra.copy_(torch.stack([extra.mean(0), extra.std(0).clamp_min(1e-3)]))
+        self.noisiness.copy_(torch.stack([extra.mean(0), extra.std(0).clamp_min(1e-3)]))
         self.standard_deviation[-EXTRA:] = self.standard_deviation[0]  # as important as the brightest component
         light, left, extra = light[:others], left[:others], extra[:others]
         # ``decode`` draws noise around a smooth part that it takes that noise's own components off. The law is learned
@@ -133,7 +133,7 @@ class PrincipalComponents(nn.Module):
         share = self.vectors.square().sum(1).clamp_max(0.95)
         sign = torch.randint(2, left.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
         smooth = light - left - (sign * left / (1 - share).sqrt()) @ self.vectors @ self.vectors.T
-        self.noise.fit(self._as_images(light), self._as_images(smooth), extra[:, :2].exp())
+        self.noise.fit(self._as_images(light), self._as_images(smooth), (extra[:, :2] + extra[:, 2:]).exp())
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (n, c, h, w) in [-1, 1] to coefficients (n, size), or (n, size + EXTRA) of noisy ones."""
@@ -141,7 +141,7 @@ class PrincipalComponents(nn.Module):
         coefficients = (light - self.mean) @ self.vectors
         if self.noise is None:
             return coefficients
-        mean, deviation = self.extra
+        mean, deviation = self.noisiness
         extra = self._extra(light, light - self.mean - coefficients @ self.vectors.T)
         return torch.cat([coefficients, (extra - mean) / deviation * self.standard_deviation[-EXTRA:]], 1)
 
@@ -156,10 +156,11 @@ class PrincipalComponents(nn.Module):
             light = self._as_images(smooth)
             light = light.clamp_min(0) if self.brightness is None else light
         else:
-            mean, deviation = self.extra
+            mean, deviation = self.noisiness
             extra = (coefficients[:, -EXTRA:] / self.standard_deviation[-EXTRA:]).clamp(-_FARTHEST, _FARTHEST)
             extra = extra * deviation + mean
             level, peak = extra.exp().split([2, 1], 1)
+            level = level * peak
             noise = self.noise.draw(self._as_images(smooth), level, white).flatten(1) - smooth
             # The coefficients hold the noise within the components already: it is taken off, not to come twice
             smooth = smooth - noise @ self.vectors @ self.vectors.T
@@ -167,15 +168,17 @@ class PrincipalComponents(nn.Module):
         return normalize(light) if self.brightness is None else light * (self.brightness / _light_of(light.shape) / 2)
 
     def _extra(self, light: Tensor, left: Tensor) -> Tensor:
-        """Logarithms of two noise levels and of the brightest pixel, (n, EXTRA), of light (n, pixels) of which
-        components leave ``left`` over.
+        """Logarithms of two noise levels over the brightest pixel, and of that pixel, (n, EXTRA), of light (n, pixels)
+        of which components leave ``left`` over.
 
         The levels are those of the pixels that are faintest and brightest on average: structure that is left over adds
-        to the noise of the light, and not to that of the sky.
+        to the noise of the light, and not to that of the sky. Images are scaled by their brightest pixel, so over that
+        one their noise varies little; drawn apart, the errors of both would add up.
         """
         order, part = self.mean.argsort(), len(self.mean) // _QUARTER
-        levels = [left[:, pixels].square().mean(1).sqrt() for pixels in (order[:part], order[-part:])]
-        return torch.stack([*levels, light.amax(1)], 1).clamp_min(1e-6).log()
+        peak = light.amax(1).clamp_min(1e-6)
+        levels = [left[:, pixels].square().mean(1).sqrt() / peak for pixels in (order[:part], order[-part:])]
+        return torch.stack([*levels, peak], 1).clamp_min(1e-6).log()
 
     def _as_images(self, light: Tensor) -> Tensor:
         return light.view(-1, *self.image_shape)

@@ -92,7 +92,7 @@ def test_the_noise_level_of_an_image_is_a_coefficient(kind):
     )
     white = torch.randn(64, 1, SIZE, SIZE)
     ratio = codec.decode(loud, white)[:, :, :4].std() / codec.decode(quiet, white)[:, :, :4].std()
-    assert ratio == pytest.approx((2 * codec.extra[1, 0]).exp().item(), rel=0.25)
+    assert ratio == pytest.approx((2 * codec.noisiness[1, 0]).exp().item(), rel=0.25)
 
 
 def test_noise_within_the_components_does_not_come_twice(codec_and_images):
@@ -155,7 +155,7 @@ def test_the_brightest_pixel_is_a_coefficient_too(codec_and_images):
     coefficients = codec.encode(2 * images - 1)
     light = _light(2 * images - 1)
     deviation = codec.standard_deviation[-1]
-    expected = (light.amax(1).log() - codec.extra[0, 2]) / codec.extra[1, 2] * deviation
+    expected = (light.amax(1).log() - codec.noisiness[0, 2]) / codec.noisiness[1, 2] * deviation
     torch.testing.assert_close(coefficients[:, -1], expected)
     again = codec.decode(coefficients, torch.randn(images.shape))
     ratio = _light(2 * again - 1).amax(1) / light.amax(1)

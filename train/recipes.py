@@ -53,7 +53,7 @@ RECIPES: Recipes = {
         "train_diffusion": _COMPONENTS
         | {
             "MODEL_SIZE": "ComponentMLP-1024",
-            "EPOCHS": 800,
+            "EPOCHS": 500,
             "NUM_ODE_STEPS": 12,
             "FIRST_TIME": 0.95,
             "LAST_TIME": 0.01,
