@@ -77,8 +77,8 @@ class PrincipalComponents(nn.Module):
 
     @classmethod
     def fitted(cls, images: Tensor, size: int, keeps_flux: bool = False) -> "PrincipalComponents":
-        """The codec of images (n, c, h, w) in [-1, 1], with ``size`` components at most (Halko et al. 2009,
-        arXiv:0909.4061)."""
+        """The codec of images (n, c, h, w) in [-1, 1] and in random order, with ``size`` components at most (Halko et
+        al. 2009, arXiv:0909.4061)."""
         brightness = _brightness(images).square().mean().sqrt() if keeps_flux else None
         light = _light(images, brightness)
         mean, power_of_light = light.mean(0), light.square().mean()
