@@ -138,8 +138,9 @@ def test_a_transformer_of_one_token_loads_as_the_mlp_that_it_is():
     assert model.sampler == flow.Sampler(3, 1.5, "multistep", "logit", 0.04)
     velocity = model(expected["z"].flatten(1), expected["t"], expected["labels"])
     torch.testing.assert_close(velocity, expected["velocity"].flatten(1), atol=1e-5, rtol=1e-5)
-    images = torch.nn.functional.avg_pool2d(model.generate(torch.arange(6) % 3, seed=5), 8)
-    torch.testing.assert_close(images, expected["expected_images"], atol=2e-5, rtol=0)  # of torch 2.14: 1.2e-5 in 2.15
+    images = model.double().generate(torch.arange(6) % 3, seed=5)  # in float32 the last digits are those of the torch
+    images = torch.nn.functional.avg_pool2d(images, 8).float()
+    torch.testing.assert_close(images, expected["expected_images"], atol=1e-5, rtol=0)
 
 
 def test_the_shipped_generator_loads_under_its_old_name():
