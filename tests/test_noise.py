@@ -48,6 +48,7 @@ def kind(request):
 @pytest.fixture(scope="module")
 def codec_and_images(kind):
     images = normalize(noise_of(kind, smooth_images(3000), seed=1))
+    torch.manual_seed(1)  # components of little light depend on what torch.pca_lowrank draws
     codec = PrincipalComponents.fitted(2 * images[:2000] - 1, 16)
     return codec, images[2000:]
 
@@ -105,13 +106,13 @@ def test_noise_within_the_components_does_not_come_twice(codec_and_images):
     assert error.max() < 0.5  # twice the noise would be about 1 in the last ones
 
 
-@pytest.mark.parametrize("size", [16, 100])
-def test_components_are_not_fitted_to_the_noise_of_their_images(size):
+@pytest.mark.parametrize(("size", "most"), [(16, 1.3), (100, 1.4)])
+def test_components_are_not_fitted_to_the_noise_of_their_images(size, most):
     """Their variance over other images is as large."""
     images = 2 * normalize(noise_of("clipped", smooth_images(500), seed=1)) - 1
     codec = PrincipalComponents.fitted(images[:250], size)
     fitted, other = (codec.encode(part)[:, :-3].var(0) for part in images.split(250))
-    assert (fitted / other).median() < 1.4
+    assert (fitted / other).median() < most
     assert (fitted / other).max() < 3
     plain = torch.pca_lowrank(_light(images[:250]) - codec.mean, 16, center=False)[2]
     fitted, other = (((_light(part) - codec.mean) @ plain).var(0) for part in images.split(250))
@@ -179,8 +180,8 @@ def test_noise_levels_and_peaks_that_no_image_has_spoil_none(codec_and_images):
     for far in ([-8.4, -4.8, 9.1], [9.0, 9.0, 30.0]):
         coefficients[:, -3:] = torch.tensor(far) * unit
         spoiled = codec.decode(coefficients, white)
-        coefficients[:, -3:] = torch.tensor(far).clamp(-5, 5) * unit
-        torch.testing.assert_close(spoiled, codec.decode(coefficients, white), rtol=0, atol=1e-5)
+        coefficients[:, -3:] = torch.tensor(far).clamp(-5.0001, 5.0001) * unit  # 5 is not reached after rounding
+        assert torch.equal(spoiled, codec.decode(coefficients, white))
 
 
 @pytest.mark.parametrize("size", [100, 300, 1000])
