@@ -85,15 +85,12 @@ class PrincipalComponents(nn.Module):
         light -= mean  # in place: it may be a gigabyte
         size, pixels = min(size, len(light) // 2, light.shape[1]), light.shape[1]
 
-        def describe(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            coefficients = light @ vectors
-            return vectors, coefficients, light - coefficients @ vectors.T
-
-        def fit(images: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-            return describe(torch.pca_lowrank(images, size, center=False)[2])
+        def fit(images: Tensor, size: int) -> Tensor:
+            return torch.pca_lowrank(images, size, center=False)[2]
 
         fewer = min(size, pixels // 2)  # all of them would leave nothing over to tell noise by
-        vectors, coefficients, left = fit(light, fewer)
+        vectors = fit(light, fewer)
+        left = light - light @ vectors @ vectors.T
         white = _white_noise(left.view(images.shape)) * len(light) / (len(light) - fewer)
         power = left.square().mean(0)
         sky = power[mean.argsort()[: len(mean) // 10]].mean()  # where there is no light, structure has none to leave
@@ -104,21 +101,22 @@ class PrincipalComponents(nn.Module):
             # Components are fitted to the noise of those very images, too. Of which they are little else, and what
             # noise is, is told by other images
             quiet = _without_noise(light[others:].view(-1, *images.shape[1:]), white).flatten(1)
-            vectors, coefficients, left = fit(quiet, max(1, min(size, pixels // _NOISE_OF)))
-            here, there = (part.square().mean(0) for part in (coefficients[others:], coefficients[:others]))
+            vectors = fit(quiet, max(1, min(size, pixels // _NOISE_OF)))
+            here, there = ((part @ vectors).square().mean(0) for part in (light[others:], light[:others]))
             lasting = here < _OVERFITTED * there
             lasting[0] = True
-            vectors, coefficients, left = describe(vectors[:, lasting])
+            vectors = vectors[:, lasting]
         elif fewer < size:
-            vectors, coefficients, left = fit(light, size)
+            vectors = fit(light, size)
         codec = cls(images.shape[1:], len(vectors.T), noisy, keeps_flux)
         if keeps_flux:
             codec.brightness.copy_(brightness)
         codec.mean.copy_(mean)
         codec.vectors.copy_(vectors)
+        coefficients = light @ vectors
         codec.standard_deviation[: len(vectors.T)] = coefficients.std(0).clamp_min(1e-4)
         if codec.noise is not None:
-            codec._fit_noise(light + mean, left, others)
+            codec._fit_noise(light + mean, light - coefficients @ vectors.T, others)
         return codec
 
     def _fit_noise(self, light: Tensor, left: Tensor, others: int) -> None:
