@@ -427,6 +427,18 @@ def test_haloes_are_of_the_row_whatever_was_drawn_before(galaxies, few_haloes):
 
 
 @needs_haloes
+def test_what_pyhalo_keeps_of_one_cosmology_is_not_taken_for_another():
+    from colossus.lss.bias import twoHaloTerm
+    from pyHalo.Halos import lens_cosmo
+
+    for recipe in (MODELS["IV"], replace(MODELS["IV"], cosmology="Planck18")):
+        model_iv._lens({"class": "axion", "halo_seed": 0}, recipe)
+        where = 1.0, 1e13, 0.5, "200c"  # Mpc/h, solar masses/h, redshift
+        assert lens_cosmo.twoHaloTerm is not twoHaloTerm
+        assert lens_cosmo.twoHaloTerm(*where) == twoHaloTerm(*where)
+
+
+@needs_haloes
 def test_cold_haloes_do_not_depend_on_earlier_ones_to_the_last_digit(monkeypatch):
     monkeypatch.setattr(model_iv, "_CONE", 2)
     model_iv._populations.cache_clear()
