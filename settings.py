@@ -173,8 +173,7 @@ def from_flags(
     path = Path(script["__file__"])
     notes = dict(re.findall(r"^([A-Z][A-Z0-9_]*)\b[^#\n]*=[^#\n]*#\s*(.*)$", path.read_text("utf-8"), re.M))
     known = {name: of_scripts[path.stem] for name, of_scripts in (recipes or {}).items() if path.stem in of_scripts}
-    values, annotations = constants(script), _annotations(script)
-    kinds = {name: type(value) if value is not None else str | None for name, value in values.items()} | annotations
+    values, kinds = constants(script), _annotations(script)
     parser = _Parser(description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
     if known:
         about = f"a named set of constants: {', '.join(known)}; other flags override it [{next(iter(known))}]"
@@ -217,10 +216,8 @@ def checked(name: str, value: Any, kind: Any) -> Any:
 
 
 def constants(script: dict[str, Any]) -> dict[str, Any]:
-    """The constants of a script that are flags, by name: those with an annotation, and plain values."""
-    plain, kinds = bool | int | float | str | None, _annotations(script)
-    named = {name: value for name, value in script.items() if re.fullmatch(r"[A-Z][A-Z0-9_]*", name)}
-    return {name: value for name, value in named.items() if name in kinds or isinstance(value, plain)}
+    """The constants of a script that are flags, by name: those with an annotation, which imported ones don't have."""
+    return {name: script[name] for name in _annotations(script) if re.fullmatch(r"[A-Z][A-Z0-9_]*", name)}
 
 
 def first_there(*paths: str) -> str:

@@ -34,11 +34,11 @@ def script(tmp_path):
     """The globals of a small script with one constant of each kind."""
     source = tmp_path / "script.py"
     source.write_text(
-        "from typing import Literal\nfrom settings import Count, Fraction, Positive, Whole\n"
+        "from typing import Literal\nfrom settings import Count, Fraction, Positive, Whole\nLIMIT = 3\n"
         "BATCH_SIZE: Count = 160  # Reduce when memory runs out\n"
         "LEARNING_RATE: Positive = 1e-4  # Reduce for 100% of NaN losses\n"
         "DROPOUT: Fraction = 0.1  # A share\n"
-        "COMPILE: bool = False  # Faster\nSEED: Whole = 1  # Any\nWEIGHTS_PATH = None  # A file\n"
+        "COMPILE: bool = False  # Faster\nSEED: Whole = 1  # Any\nWEIGHTS_PATH: str | None = None  # A file\n"
         "DATA_DIR: str = 'data'  # A folder\nMODE: Literal[None, 'a', 'b'] = None  # One of these\n"
     )
     script = {"__file__": str(source), "__doc__": "A script."}
@@ -311,6 +311,7 @@ def test_help_lists_every_constant_with_its_comment_and_default(script, capsys):
     assert stopped.value.code == 0
     assert "Reduce when memory runs out [160]" in text
     assert "Reduce for 100% of NaN losses [0.0001]" in text
+    assert "--limit" not in text, "has no annotation, as what a script imports"
 
 
 def test_a_mistake_in_the_data_ends_a_script_with_one_line(script, capsys, monkeypatch):
