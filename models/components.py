@@ -84,30 +84,23 @@ class PrincipalComponents(nn.Module):
         mean, power_of_light = light.mean(0), light.square().mean()
         light -= mean  # in place: it may be a gigabyte
         size, pixels = min(size, len(light) // 2, light.shape[1]), light.shape[1]
-
-        def fit(images: Tensor, size: int) -> Tensor:
-            return torch.pca_lowrank(images, size, center=False)[2]
-
         fewer = min(size, pixels // 2)  # all of them would leave nothing over to tell noise by
-        vectors = fit(light, fewer)
+        vectors = _principal(light, fewer)
         left = light - light @ vectors @ vectors.T
         white = _white_noise(left.view(images.shape)) * len(light) / (len(light) - fewer)
-        power = left.square().mean(0)
-        sky = power[mean.argsort()[: len(mean) // 10]].mean()  # where there is no light, structure has none to leave
-        share, least = power.mean() / power_of_light, _WHITE * power.mean()
-        noisy = bool((sky > least and share > _IN_SKY**2) or (white.mean() > least and share > _NOISY**2))
+        noisy = _is_noise(left.square().mean(0), white, mean, power_of_light)
         others = -(-len(light) // 4)
         if noisy:
             # Components are fitted to the noise of those very images, too. Of which they are little else, and what
             # noise is, is told by other images
             quiet = _without_noise(light[others:].view(-1, *images.shape[1:]), white).flatten(1)
-            vectors = fit(quiet, max(1, min(size, pixels // _NOISE_OF)))
+            vectors = _principal(quiet, max(1, min(size, pixels // _NOISE_OF)))
             here, there = ((part @ vectors).square().mean(0) for part in (light[others:], light[:others]))
             lasting = here < _OVERFITTED * there
             lasting[0] = True
             vectors = vectors[:, lasting]
         elif fewer < size:
-            vectors = fit(light, size)
+            vectors = _principal(light, size)
         codec = cls(images.shape[1:], len(vectors.T), noisy, keeps_flux)
         if keeps_flux:
             codec.brightness.copy_(brightness)
@@ -185,6 +178,19 @@ class PrincipalComponents(nn.Module):
         """Errors of coefficients over their standard deviation, with ``_FAINTEST`` of the largest one as a floor."""
         deviation = self.standard_deviation
         return errors / (deviation.square() + (_FAINTEST * deviation[0]).square()).sqrt()
+
+
+def _principal(light: Tensor, size: int) -> Tensor:
+    """The first ``size`` principal components (pixels, size) of light (n, pixels) of mean 0."""
+    return torch.pca_lowrank(light, size, center=False)[2]
+
+
+def _is_noise(left: Tensor, white: Tensor, mean: Tensor, power_of_light: Tensor) -> bool:
+    """Whether what components leave over, of mean power (pixels,) of which ``white`` (c,) is at the smallest scales, is
+    noise: see ``_WHITE``."""
+    sky = left[mean.argsort()[: len(mean) // 10]].mean()  # where there is no light, structure has none to leave
+    share, least = left.mean() / power_of_light, _WHITE * left.mean()
+    return bool((sky > least and share > _IN_SKY**2) or (white.mean() > least and share > _NOISY**2))
 
 
 def _between(light: Tensor, from_zero: bool, peak: Tensor) -> Tensor:
