@@ -5,9 +5,10 @@
     FITS headers                                 keywords of the image's own header
 
 A table stands beside the images or in a folder above them. Its column "file" (of a CSV file the first one) has the path
-of the image from the table's folder, or its name alone; tables of simulate/ have "class" and "index" instead. Missing
-values may be anywhere. A column of many numbers is that of many objects: "subhalo_mass" of 25 becomes subhalo_mass_1,
-of the heaviest one, to subhalo_mass_25, and subhalo_mass_total; "source_xy" becomes source_x and source_y.
+of the image from the table's folder, or its name alone, or "stack.npy#3"; tables of simulate/ have "class" and "index"
+instead. Missing values may be anywhere. A column of many numbers is that of many objects: "subhalo_mass" of 25 becomes
+subhalo_mass_1, of the heaviest one, to subhalo_mass_25, and subhalo_mass_total; "source_xy" becomes source_x and
+source_y.
 """
 
 import math
@@ -345,9 +346,9 @@ def _read_table(
         raise InputError(f"{path}: is damaged, or no table: {reason}") from None
     if not table.colnames:
         raise InputError(f"{path}: is empty")
-    names = _names_in(table, path)
     prefix = f"{folder}/" if folder else ""
     here = {file.removeprefix(prefix): i for i, file in enumerate(files) if file.startswith(prefix)}
+    names = _names_in(table, path, stacked=any("#" in file for file in here))
     alone: dict[str, int] = {}
     for file, i in here.items():  # by its name alone, where that is the only one
         short = file.rsplit("/", 1)[-1]
@@ -384,10 +385,11 @@ def _read_csv(path: Path) -> Any:
     return text_tables.read(text.splitlines(), format="csv", delimiter=delimiter, fill_values=fill)
 
 
-def _names_in(table: Any, path: Path) -> list[str]:
-    """The file that each row of a table is of."""
+def _names_in(table: Any, path: Path, stacked: bool) -> list[str]:
+    """The file that each row of a table is of, or the image of a stack."""
     if "file" not in table.colnames and {"class", "index"} <= {*table.colnames}:
-        return [f"{of}/{index}.npy" for of, index in zip(table["class"], table["index"], strict=True)]
+        form = "{}.npy#{}" if stacked else "{}/{}.npy"
+        return [form.format(*row) for row in zip(table["class"], table["index"], strict=True)]
     named = [name for name in table.colnames if name.strip().lower() == "file"]
     if path.suffix == ".fits" and not named:
         raise InputError(f'{path}: has no column "file"')

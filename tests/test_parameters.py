@@ -180,6 +180,9 @@ def test_images_of_a_stack_are_rows_too(tmp_path):
     found = values_of(tmp_path, "z")
     assert (found["one.npy#3"], found["two.npy#0"]) == ([1.5], [2.5])
     assert np.isnan([value for (value,) in found.values()]).sum() == 38
+    (tmp_path / "parameters.csv").write_text("class,index,z\ntwo,7,0.5\none,0,3.5\n")
+    found = values_of(tmp_path, "z")
+    assert (found["one.npy#0"], found["two.npy#7"]) == ([3.5], [0.5])
 
 
 def test_pickled_values_and_fits_headers_are_parameters(tmp_path):
