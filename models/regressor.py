@@ -161,13 +161,12 @@ def build_regressor(image_size: int, channels: int, parameters: Sequence[Paramet
     return LensRegressor(image_size, channels, parameters).to(memory_format=torch.channels_last)
 
 
-def load_regressor(path: str | Path, device: str | torch.device = "cpu") -> LensRegressor:
-    """The trained regressor of a checkpoint, in evaluation mode.
+def regressor_of(content: dict[str, Any], path: str | Path) -> LensRegressor:
+    """The regressor of the content of a checkpoint.
 
     Raises:
-        InputError: for a file that is not a checkpoint of a regressor.
+        InputError: with the ``path`` of a file that is not a checkpoint of a regressor.
     """
-    content = load_checkpoint(path, device)
     try:
         size, channels, told = (content[name] for name in ("image_size", "channels", "regressor_parameters"))
         if not (isinstance(size, int) and 8 <= size <= 1024 and isinstance(channels, int) and 0 < channels <= 16):
@@ -176,4 +175,9 @@ def load_regressor(path: str | Path, device: str | torch.device = "cpu") -> Lens
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{path}: its weights are of another network, where a regressor is wanted") from None
     load_weights(model, content["model_state_dict"], path)
-    return model.to(device).eval().requires_grad_(False)
+    return model
+
+
+def load_regressor(path: str | Path, device: str | torch.device = "cpu") -> LensRegressor:
+    """The trained regressor of a checkpoint, in evaluation mode; raises as ``regressor_of``."""
+    return regressor_of(load_checkpoint(path, device), path).to(device).eval().requires_grad_(False)

@@ -15,6 +15,7 @@ from dataset import NpyDataset, some_of_each_class
 from evaluate import evaluate_fld
 from metrics.distances import wasserstein
 from metrics.obedience import obedience
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.regressor import LensRegressor, Recovery, build_regressor, load_regressor, phases_of
 from scaling import Scaling
 from settings import InputError
@@ -335,6 +336,11 @@ def test_a_regressor_goes_on_when_values_were_added(drawn, tmp_path, undrawn, ca
     with pytest.raises(SystemExit):
         run_script("train/train_regressor.py", *flags, "--parameters", "x,mass", "--epochs", 3)
     assert "is of another regressor parameters: choose another --output_dir" in capsys.readouterr().err
+    newest = tmp_path / "run" / "regressor_ckpts" / "resnet18_epoch_2.pt"
+    save_checkpoint(newest, **load_checkpoint(newest) | {"regressor_parameters": [{"name": "x"}]})
+    with pytest.raises(SystemExit):
+        run_script("train/train_regressor.py", *flags, "--parameters", "x", "--epochs", 3, "--resume", newest)
+    assert capsys.readouterr().err.endswith("where a regressor is wanted\n")
 
 
 def test_a_regressor_of_other_images_is_left_out_and_none_can_be_chosen(regressor, monkeypatch, capsys):
