@@ -3,15 +3,7 @@
     data/axion/*   data/cdm/*   data/no_sub/*      or any other classes, one folder each
 
 The folder says what it holds: its subfolders are the classes, in alphabetical order, and its files have the size and
-the channels of the images. In general it is ``[split/][class/]file``, where a file holds an image or a stack of them:
-
-    data/{train,val,test}/{class}/*     splits as they are given; a hash takes one that is missing out of train
-    data/{class}/*  data_test/{class}/* two folders side by side: the test images, and all others
-    data/*                              one class, called images
-    data/{class}.npy                    a stack for each class
-    data/images.npy  data/labels.npy    a stack, and the class of each image
-
-All of these may be in split folders. What a file may be is in ``image_files``.
+the channels of the images. Other forms that it may have are in ``layouts``, what a file may be is in ``image_files``.
 """
 
 import copy
@@ -26,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -35,32 +27,23 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import nanodit_path  # noqa: F401
-from files import contents, save_array, write_arrays
-from image_files import (  # noqa: F401
-    KINDS,
+from files import save_array, write_arrays
+from image_files import (
     MOST_VALUES,
     LensImage,
     Shape,
     StackError,
-    is_image_file,
-    is_image_shape,
-    is_stack,
-    is_table,
     normalize,
     other_shape,
     read_image,
     read_stack,
-    stem_of,
 )
-from parameters import TABLES, Column, Parameter, converted, phases, read_columns
+from layouts import Source, find_classes, find_sources, list_files, read_labels, why_missing
+from parameters import Column, Parameter, converted, phases, read_columns
 from scaling import Scaling
 from settings import InputError
 
-_SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}  # names of folders
-_ALL = "overall"  # in tables of metrics, all classes together
-_ONE_CLASS = "images"  # of images without labels
 _VERSION = 3  # of the cache; change it when what is read from a file changes
-_MOST_STACKS = 100  # in a folder with a stack for each class
 _MOST_NAMED = 20  # bad files in a report
 _ABANDONED = 3600  # seconds since anything was added to a cache that is not whole
 
@@ -69,7 +52,7 @@ class NpyDataset(Dataset):
     """The images of a folder, or of one split of it, with their labels.
 
     Args:
-        root_dir: folder with a folder of images for each class, or another one that the top of this file shows.
+        root_dir: folder with a folder of images for each class, or another one that ``layouts`` shows.
         transform: applied to the images of ``dataset[i]``, (..., c, s, s) in [0, 1]; None leaves them as they are.
         split: "train", "val", "test" or "all"; as folders give it, see ``split_of`` for those that none gives.
         on_bad_file: "raise" reports every bad file of the folder and stops, "skip" reports them and goes on.
@@ -114,10 +97,10 @@ class NpyDataset(Dataset):
         self.root_dir = Path(root_dir)
         self.cache_dir = _cache_folder(self.root_dir, cache_dir)
         self.transform = transform
-        sources = _sources(self.root_dir)
+        sources = find_sources(self.root_dir)
         self.classes = find_classes(self.root_dir, sources) if classes is None else tuple(classes)
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
-        listing = _list_files(self.root_dir, sources, self.classes)
+        listing = list_files(self.root_dir, sources, self.classes)
         self._listed = Counter(file.of for file in listing)
         self._given = {source.split for source in sources}
         self._packed, self._records, self.fingerprint = _load(
@@ -134,7 +117,7 @@ class NpyDataset(Dataset):
         if missing and (on_missing_class == "raise" or not len(other)):
             counts = Counter(self._records["class"].tolist())
             hashed = "" in self._given or ("train" in self._given and split not in self._given)
-            problems = (_why_missing(self.root_dir / of, self._listed[of], counts[of], split, hashed) for of in missing)
+            problems = (why_missing(self.root_dir / of, self._listed[of], counts[of], split, hashed) for of in missing)
             raise InputError("; ".join(problems), status=2)
         return other
 
@@ -303,64 +286,6 @@ def _cache_folder(root: Path, cache_dir: str | Path | None) -> Path:
     return Path(cache_dir) / f"{root.resolve().name}_{place}"
 
 
-def _why_missing(folder: Path, listed: int, count: int, split: str, hashed: bool) -> str:
-    """The reason that a class of ``listed`` files and ``count`` images has none in a split, and the remedy."""
-    if count:
-        how = "to which a hash of the name assigns them" if hashed else "which folders give here"
-        return f"{folder}: none of its {count} images is in the split {split!r}, {how}: add images"
-    if listed:
-        return f"{folder}: all of its {listed} files are bad"
-    if not folder.is_dir():
-        return f"{folder.parent}: no folder {folder.name} with {KINDS}"
-    deeper = next((path.parent for path in sorted(folder.glob("*/**/*")) if is_image_file(path.name)), None)
-    advice = f", but in {deeper}: move them up" if deeper else ": add some, or move it away if it is no class"
-    return f"{folder}: no {KINDS} in it{advice}"
-
-
-class _Source(NamedTuple):
-    """A folder of images, or a file of images, of one class in one split.
-
-    ``name`` is its path relative to the root, ``of`` its class, None where labels.npy beside it says it, and ``split``
-    what its folder says, "" where a hash of the name does.
-    """
-
-    path: Path
-    name: str
-    of: str | None
-    split: str
-    state: tuple[int, ...] = ()  # size and times of change of a file
-
-
-def classes_with_files(root: str | Path) -> set[str]:
-    """Names of the classes of a folder that there are files of, sound or not; none for a folder without classes."""
-    sources = _sources(Path(root))
-    folders = {source.path: os.listdir(source.path) for source in sources if source.path.is_dir()}
-    return _classes_of([source for source in sources if any(map(is_image_file, folders.get(source.path, ["x.npy"])))])
-
-
-def find_classes(root: Path, sources: list[_Source]) -> tuple[str, ...]:
-    """Names of the classes of a folder, those of its class folders, stacks or labels, which gives the labels 0, 1, ...
-
-    They are in alphabetical order; whole numbers in files of labels are in their own. Every class folder counts, also
-    one without images, which is a class whose images are missing.
-
-    Raises:
-        InputError: when there is none, or one with a name that no class can have.
-    """
-    names = _classes_of(sources)
-    if _ALL in names:
-        raise InputError(f"{root / _ALL}: no class can have this name, which stands for all images: rename it", 2)
-    if bad := sorted(name for name in names if not is_class_name(name)):
-        raise InputError(f"{root}: no class can have the name {bad[0]!r}: rename it", 2)
-    if names:
-        of_labels = all(source.of is None for source in sources)
-        numbers = of_labels and all(re.fullmatch(r"-?\d+", name) for name in names)
-        return tuple(sorted(names, key=int if numbers else None))
-    what = f"it {contents(root)}" if root.is_dir() else "there is no such folder"
-    advice = "simulate/simulate_lenses.py makes some"
-    raise InputError(f"{root}: no class folders with {KINDS}, {what}; {advice}", status=2)
-
-
 def read_entries(path: Path, of: str | None = None) -> Iterator[tuple[str, str | None, LensImage | InputError]]:
     """("", class, image) of a file that holds one, or ("#k", class, image) of every one in a stack.
 
@@ -379,120 +304,8 @@ def read_entries(path: Path, of: str | None = None) -> Iterator[tuple[str, str |
         yield "", of, error
 
 
-def read_labels(path: Path) -> list[str] | None:
-    """The class of every image of the stack images.npy, as labels.npy beside it says it; None for any other file.
-
-    Raises:
-        InputError: when it does not hold whole numbers or texts, one for each image.
-    """
-    file = path.with_name("labels.npy")
-    if stem_of(path.name) != "images" or not file.is_file():
-        return None
-    try:
-        with open(file, "rb") as content:
-            labels = np.lib.format.read_array(content, allow_pickle=False)
-    except Exception:  # a damaged header can raise nearly anything
-        raise InputError(f"{file}: is not a .npy file of numbers or texts, or is damaged") from None
-    if labels.dtype.kind == "S":
-        labels = np.char.decode(labels, "utf-8", "replace")
-    if labels.dtype.kind == "b" or (labels.dtype.kind == "f" and (labels % 1 == 0).all()):
-        labels = labels.astype(np.int64)
-    if labels.dtype.kind not in "uiU" or labels.size != max(labels.shape, default=0):
-        kind = f"{labels.dtype} of shape {labels.shape}"
-        raise InputError(f"{file}: holds {kind}, not a whole number or a text for each image")
-    return list(map(str, labels.ravel().tolist()))
-
-
-def _sources(root: Path) -> list[_Source]:
-    """Class folders of a folder, of its split folders or of the two side by side; or, without any, files of images.
-
-    Raises:
-        InputError: for a split folder that holds nothing of what the others hold, or that has other folders beside it.
-    """
-    folders = _folders(root)
-    splits = [name for name in folders if name.lower() in _SPLITS]
-    others = [name for name in folders if name not in splits]
-    if splits and others and all(_folders(root / name) for name in splits):
-        raise InputError(f"{root}: {', '.join(splits)} are splits; move {', '.join(others)} away from beside them", 2)
-    if splits and not others:
-        places = [_Source(root / name, f"{name}/", "", _SPLITS[name.lower()]) for name in folders]
-        found = _in_places(places)
-        for place in places:
-            if not any(source.name.startswith(place.name) for source in found):
-                what = "class folders" if found and found[0].path.is_dir() else KINDS
-                raise InputError(f"{place.path}: no {what} in it: add some, or move it away", 2)
-        return found
-    test = Path(f"{os.path.abspath(root)}_test")
-    if test.is_dir():
-        of_root = _in_places([_Source(root, "", "", "train")])
-        of_test = _in_places([_Source(test, f"../{test.name}/", "", "test")])
-        if of_root and _classes_of(of_root) == _classes_of(of_test):
-            return of_root + of_test
-    return _in_places([_Source(root, "", "", "")])
-
-
-def _classes_of(sources: list[_Source]) -> set[str]:
-    names = [[source.of] if source.of is not None else read_labels(source.path) for source in sources]
-    return set().union(*names)
-
-
-def _folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder that can be those of classes, in alphabetical order."""
-    inside = folder.iterdir() if folder.is_dir() else []
-    return sorted(path.name for path in inside if path.is_dir() and is_class_name(path.name))
-
-
-def _in_places(places: list[_Source]) -> list[_Source]:
-    """Class folders of some folders; where none of these has any, their files of images."""
-    found = [
-        place._replace(path=place.path / name, name=f"{place.name}{name}", of=name)
-        for place in places
-        for name in _folders(place.path)
-    ]
-    return found or _files_of(places)
-
-
-def _files_of(places: list[_Source]) -> list[_Source]:
-    """Files of images of folders without class folders: labelled stacks, a stack for each class, or images of one."""
-    files = [
-        place._replace(path=place.path / name, name=f"{place.name}{name}", of=_ONE_CLASS)
-        for place in places
-        for name in (sorted(os.listdir(place.path)) if place.path.is_dir() else [])
-        if is_image_file(name) and not is_table(place.path / name)
-    ]
-    if labelled := [file._replace(of=None) for file in files if read_labels(file.path) is not None]:
-        known = {path for file in labelled for path in (file.path, file.path.with_name("labels.npy"))}
-        _say_left_out({file.path for file in files} - known, "as no labels.npy is of them")
-        return labelled
-    stacks = [is_stack(file.path) for file in files] if len(files) <= _MOST_STACKS else []
-    if True not in stacks:
-        return files
-    if False in stacks:
-        one, stack = files[stacks.index(False)], files[stacks.index(True)]
-        advice = "put the files of each class into a folder of its own"
-        raise InputError(f"{one.path} is one image, and {stack.path} is a stack of images: {advice}", 2)
-    return [file._replace(of=stem_of(file.path.name)) for file in files]
-
-
-def _say_left_out(paths: Iterable[Path], why: str) -> None:
-    if paths := sorted(paths):
-        print(f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: left out, {why}")
-
-
-def is_class_name(name: Any) -> bool:
-    """Whether a class can have this name, that of its folder: not of a hidden one, or one that scripts here make."""
-    return isinstance(name, str) and bool(re.fullmatch(r"(?!\.|__pycache__$|earlier_\d+$)[^/\0]+", name))
-
-
-def are_classes(names: Any) -> bool:
-    """Whether data can have classes of these names, which a file gives: a list of different ones."""
-    return (
-        isinstance(names, list | tuple) and all(map(is_class_name, names)) and len({*names} - {_ALL}) == len(names) > 0
-    )
-
-
 def _load(
-    root: Path, listing: list[_Source], given: set[str], on_bad_file: str, cache_dir: Path
+    root: Path, listing: list[Source], given: set[str], on_bad_file: str, cache_dir: Path
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Images (n, c, s, s), which stay on disk, records of them, and fingerprint; from a cache when that is fresh.
 
@@ -534,7 +347,7 @@ class _Reading:
     """
 
     def __init__(
-        self, root: Path, listing: list[_Source], given: set[str], on_bad_file: str, shape: Shape | None = None
+        self, root: Path, listing: list[Source], given: set[str], on_bad_file: str, shape: Shape | None = None
     ):
         self.root, self.listing, self.given, self.on_bad_file, self.shape = root, listing, given, on_bad_file, shape
 
@@ -627,37 +440,3 @@ def _older(cache: Path) -> Iterator[Path]:
         is_whole = path.suffix == ".npy"
         if path != cache and (is_whole or time.time() - path.stat().st_mtime > _ABANDONED):
             yield path
-
-
-def _list_files(root: Path, sources: list[_Source], classes: tuple[str, ...]) -> list[_Source]:
-    """Every file of images of some classes, with its size and times, which tell when the folder has changed."""
-    listing = []
-    if any(source.name.startswith("../") for source in sources):
-        print(f"{os.path.abspath(root)}_test: its images are the test images of {root}")
-    for folder in {source.path.parent for source in sources if source.path.is_dir()}:
-        loose = [folder / name for name in os.listdir(folder) if is_image_file(name)]
-        loose = [path for path in loose if len(loose) > _MOST_STACKS or not is_table(path)]
-        _say_left_out(loose, "as the folders beside hold the classes")
-    for source in sources:
-        if source.of is None:
-            listing.append(source._replace(state=(*_state(source.path), *_state(source.path.with_name("labels.npy")))))
-        elif source.of in classes and not source.path.is_dir():
-            listing.append(source._replace(state=_state(source.path)))
-        elif source.of in classes:
-            for entry in os.scandir(source.path):
-                if entry.is_dir(follow_symlinks=False) and any(map(is_image_file, os.listdir(entry))):
-                    print(f"{entry.path}: its images are left out, as only those of {source.path} itself count")
-                elif is_image_file(entry.name) and entry.name not in TABLES:
-                    name = f"{source.name}/{entry.name}"
-                    listing.append(source._replace(path=Path(entry.path), name=name, state=_state(entry)))
-    if not listing:
-        problems = "; ".join(_why_missing(root / name, 0, 0, "all", True) for name in classes)
-        raise InputError(f"{root}: no {KINDS} in its class folders: {problems}", status=2)
-    return sorted(listing, key=lambda file: file.name)
-
-
-def _state(entry: "os.DirEntry | Path") -> tuple[int, ...]:
-    with suppress(OSError):  # a broken link; reading it will say so
-        status = entry.stat()
-        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-    return -1, -1, -1

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
-from dataset import KINDS, LensImage, is_image_file, is_table, read_entries, read_labels, stem_of
+from dataset import read_entries
+from image_files import KINDS, LensImage, is_image_file, is_table, stem_of
+from layouts import read_labels
 from models.classifier import classify, load_classifier, unlikeness
 from settings import InputError
 

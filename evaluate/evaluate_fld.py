@@ -19,8 +19,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed
 import settings
-from dataset import KINDS, NpyDataset, classes_with_files, is_image_file, load_parts, print_counts
+from dataset import NpyDataset, load_parts, print_counts
 from files import contents, hold, holder_of
+from image_files import KINDS, is_image_file
+from layouts import classes_with_files
 from models import generated_folder
 from models.generator import Generator, default_generator, generate_image, load_model  # noqa: F401
 from scaling import Scaling

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from tqdm import tqdm
 
-from dataset import are_classes, normalize
+from dataset import normalize
+from layouts import are_classes
 from models.checkpoint import load_checkpoint, load_weights
 from settings import ROOT, InputError, first_there
 

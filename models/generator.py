@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import settings
-from dataset import NpyDataset, are_classes, is_image_shape
+from dataset import NpyDataset
+from image_files import is_image_shape
+from layouts import are_classes
 from models import flow
 from models.checkpoint import generator_weights, load_checkpoint, load_weights
 from models.components import EXTRA, ComponentMLP, PrincipalComponents, without_attention

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from kill_training import same
 
 import settings
-from dataset import read_image
+from image_files import read_image
 from models.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from models.generator import build_generator, build_untrained
 

@@ -93,6 +93,7 @@ def test_the_recipe_is_taken_by_the_script(add):
 
 # The house
 
+_DATA = {"files", "settings", "distributed", "image_files", "scaling", "parameters", "layouts", "dataset"}
 ROOMS = {  # modules by folder or name -> what they may import from, beside themselves
     "nanodit_path": set(),
     "settings": {"files"},  # inside a function: --help starts fast
@@ -101,25 +102,14 @@ ROOMS = {  # modules by folder or name -> what they may import from, beside them
     "image_files": {"settings"},
     "scaling": set(),
     "parameters": {"settings", "image_files"},
-    "dataset": {"files", "settings", "distributed", "image_files", "scaling", "parameters"},
+    "layouts": {"files", "settings", "image_files", "parameters"},
+    "dataset": _DATA,
     "plots": {"files", "settings"},
-    "simulate": {"files", "settings", "distributed", "dataset", "plots"},
-    "models": {"parameters", "scaling", "files", "settings", "distributed", "dataset"},
-    "metrics": {"parameters", "scaling", "files", "settings", "distributed", "dataset", "plots", "simulate", "models"},
-    "train": {"parameters", "scaling", "files", "settings", "distributed", "dataset", "plots", "simulate", "models"},
-    "evaluate": {
-        "parameters",
-        "scaling",
-        "files",
-        "settings",
-        "distributed",
-        "dataset",
-        "plots",
-        "simulate",
-        "models",
-        "metrics",
-        "train",
-    },
+    "simulate": _DATA | {"plots"},
+    "models": _DATA,
+    "metrics": _DATA | {"plots", "simulate", "models"},
+    "train": _DATA | {"plots", "simulate", "models"},
+    "evaluate": _DATA | {"plots", "simulate", "models", "metrics", "train"},
 }
 MODULES = sorted(path for path in (*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")) if "tests" not in path.parts)
 

@@ -19,18 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import dataset
-from dataset import (
-    NpyDataset,
-    are_classes,
-    diffusion_transforms,
-    epoch_batches,
-    is_class_name,
-    load_parts,
-    normalize,
-    read_image,
-    some_of_each_class,
-    split_of,
-)
+from dataset import NpyDataset, diffusion_transforms, epoch_batches, load_parts, normalize, some_of_each_class, split_of
+from image_files import read_image
+from layouts import are_classes, is_class_name
 from settings import InputError
 
 CLASSES = ("axion", "cdm", "no_sub")

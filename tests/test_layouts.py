@@ -17,8 +17,9 @@ from astropy.io import fits
 from conftest import run_script
 
 import dataset
-from dataset import NpyDataset, classes_with_files, load_parts, read_entries, read_image
-from image_files import is_table, read_stack
+from dataset import NpyDataset, load_parts, read_entries
+from image_files import is_table, read_image, read_stack
+from layouts import classes_with_files
 from settings import InputError
 
 RANDOM = np.random.default_rng(0)

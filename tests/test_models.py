@@ -16,7 +16,8 @@ from scipy import stats
 from scipy.ndimage import gaussian_filter
 from scipy.special import gamma
 
-from dataset import NpyDataset, read_image
+from dataset import NpyDataset
+from image_files import read_image
 from metrics.measure import measure
 from models.classifier import load_classifier
 from settings import InputError
