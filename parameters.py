@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from settings import InputError
 
+_OF_STACK = re.compile(r"(.*)\.npy#(\d+)")  # which a table with class and index calls class/index.npy
 TABLES = ("parameters.fits", "parameters.csv")
 SCALES = ("linear", "log10", "angle")
 _PERIODS = dict.fromkeys(("rad", "radian", "radians"), 2 * math.pi)  # by unit
@@ -348,12 +349,14 @@ def _read_table(
         raise InputError(f"{path}: is empty")
     prefix = f"{folder}/" if folder else ""
     here = {file.removeprefix(prefix): i for i, file in enumerate(files) if file.startswith(prefix)}
-    names = _names_in(table, path, stacked=any("#" in file for file in here))
+    names = _names_in(table, path)
     alone: dict[str, int] = {}
     for file, i in here.items():  # by its name alone, where that is the only one
         short = file.rsplit("/", 1)[-1]
         alone[short] = -1 if short in alone else i
-    rows = np.array([here.get(name, alone.get(name, -1)) for name in names], np.int64)
+    stacks = {f"{match[1]}/{match[2]}.npy": i for file, i in here.items() if (match := _OF_STACK.fullmatch(file))}
+    known = alone | stacks | here
+    rows = np.array([known.get(name, -1) for name in names], np.int64)
     if not (rows >= 0).any():
         first = f"it begins with {names[0]}, the folder with {min(here)}" if names else "it is empty"
         problem = f"{path}: no row is of a file in its folder: {first}"
@@ -385,11 +388,10 @@ def _read_csv(path: Path) -> Any:
     return text_tables.read(text.splitlines(), format="csv", delimiter=delimiter, fill_values=fill)
 
 
-def _names_in(table: Any, path: Path, stacked: bool) -> list[str]:
-    """The file that each row of a table is of, or the image of a stack."""
+def _names_in(table: Any, path: Path) -> list[str]:
+    """The file that each row of a table is of."""
     if "file" not in table.colnames and {"class", "index"} <= {*table.colnames}:
-        form = "{}.npy#{}" if stacked else "{}/{}.npy"
-        return [form.format(*row) for row in zip(table["class"], table["index"], strict=True)]
+        return [f"{of}/{index}.npy" for of, index in zip(table["class"], table["index"], strict=True)]
     named = [name for name in table.colnames if name.strip().lower() == "file"]
     if path.suffix == ".fits" and not named:
         raise InputError(f'{path}: has no column "file"')

@@ -185,6 +185,14 @@ def test_images_of_a_stack_are_rows_too(tmp_path):
     assert (found["one.npy#0"], found["two.npy#7"]) == ([3.5], [0.5])
 
 
+def test_a_file_with_a_hash_in_its_name_makes_no_stack_of_the_others(tmp_path):
+    (tmp_path / "one").mkdir()
+    for name in ("0.npy", "best#1.npy"):
+        np.save(tmp_path / "one" / name, np.random.default_rng(0).random((16, 16)))
+    (tmp_path / "parameters.csv").write_text("class,index,z\none,0,3.5\n")
+    assert values_of(tmp_path, "z")["one/0.npy"] == [3.5]
+
+
 def test_pickled_values_and_fits_headers_are_parameters(tmp_path):
     packed = np.empty(5, object)
     packed[:] = [np.random.default_rng(0).random((16, 16)), 1e-23, 0.5, 0.1, 2.0]
