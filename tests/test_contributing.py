@@ -93,7 +93,7 @@ def test_the_recipe_is_taken_by_the_script(add):
 
 # The house
 
-_DATA = {"files", "settings", "distributed", "image_files", "scaling", "parameters", "layouts", "dataset"}
+_BELOW = {"files", "settings", "distributed", "dataset"}
 ROOMS = {  # modules by folder or name -> what they may import from, beside themselves
     "nanodit_path": set(),
     "settings": {"files"},  # inside a function: --help starts fast
@@ -103,13 +103,14 @@ ROOMS = {  # modules by folder or name -> what they may import from, beside them
     "scaling": set(),
     "parameters": {"settings", "image_files"},
     "layouts": {"files", "settings", "image_files", "parameters"},
-    "dataset": _DATA,
+    "dataset": {"files", "settings", "distributed", "image_files", "scaling", "parameters", "layouts"},
     "plots": {"files", "settings"},
-    "simulate": _DATA | {"plots"},
-    "models": _DATA,
-    "metrics": _DATA | {"plots", "simulate", "models"},
-    "train": _DATA | {"plots", "simulate", "models"},
-    "evaluate": _DATA | {"plots", "simulate", "models", "metrics", "train"},
+    "simulate": _BELOW | {"plots"},
+    "models": _BELOW | {"parameters", "scaling", "image_files", "layouts"},
+    "metrics": _BELOW | {"parameters", "scaling", "plots", "simulate", "models"},
+    "train": _BELOW | {"parameters", "scaling", "plots", "simulate", "models"},
+    "evaluate": _BELOW
+    | {"parameters", "scaling", "image_files", "layouts", "plots", "simulate", "models", "metrics", "train"},
 }
 MODULES = sorted(path for path in (*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")) if "tests" not in path.parts)
 
