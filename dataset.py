@@ -28,16 +28,7 @@ from tqdm import tqdm
 
 import nanodit_path  # noqa: F401
 from files import save_array, write_arrays
-from image_files import (
-    MOST_VALUES,
-    LensImage,
-    Shape,
-    StackError,
-    normalize,
-    other_shape,
-    read_image,
-    read_stack,
-)
+from image_files import MOST_VALUES, LensImage, Shape, StackError, normalize, other_shape, read_image, read_stack
 from layouts import Source, find_classes, find_sources, list_files, read_labels, why_missing
 from parameters import Column, Parameter, converted, phases, read_columns
 from scaling import Scaling

@@ -161,7 +161,7 @@ def build_regressor(image_size: int, channels: int, parameters: Sequence[Paramet
     return LensRegressor(image_size, channels, parameters).to(memory_format=torch.channels_last)
 
 
-def regressor_of(content: dict[str, Any], path: str | Path) -> LensRegressor:
+def regressor_in(content: dict[str, Any], path: str | Path) -> LensRegressor:
     """The regressor of the content of a checkpoint.
 
     Raises:
@@ -179,5 +179,5 @@ def regressor_of(content: dict[str, Any], path: str | Path) -> LensRegressor:
 
 
 def load_regressor(path: str | Path, device: str | torch.device = "cpu") -> LensRegressor:
-    """The trained regressor of a checkpoint, in evaluation mode; raises as ``regressor_of``."""
-    return regressor_of(load_checkpoint(path, device), path).to(device).eval().requires_grad_(False)
+    """The trained regressor of a checkpoint, in evaluation mode; raises as ``regressor_in``."""
+    return regressor_in(load_checkpoint(path, device), path).to(device).eval().requires_grad_(False)

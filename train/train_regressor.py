@@ -25,7 +25,7 @@ import settings
 from dataset import NpyDataset, epoch_batches, load_parts
 from models.checkpoint import save_checkpoint
 from models.classifier import classifier_transforms
-from models.regressor import LensRegressor, Recovery, build_regressor, load_regressor, regressor_of
+from models.regressor import LensRegressor, Recovery, build_regressor, load_regressor, regressor_in
 from parameters import are_of, fit, name_of
 from settings import Count, Epochs, InputError, Interval, Names, NotNegative, Positive, Whole
 from train.recipes import RECIPES
@@ -57,7 +57,7 @@ def main() -> None:
     if len(train) < BATCH_SIZE:
         raise InputError(f"--batch_size {BATCH_SIZE} is more than the {len(train)} training images of {DATA_DIR}", 2)
     run = Run(globals(), "regressor_ckpts/resnet18", device)
-    parameters = regressor_of(run.state, run.found).lens_parameters if run.state else ()  # to go on with
+    parameters = regressor_in(run.state, run.found).lens_parameters if run.state else ()  # to go on with
     if not are_of(PARAMETERS, parameters):
         columns = train.columns(map(name_of, PARAMETERS))
         parameters = fit(PARAMETERS, columns, [train.classes[label] for label in train.labels.tolist()])
