@@ -33,7 +33,7 @@ _FAINTEST = 0.2  # of the brightest component: with less, the bright ones are le
 _WHITE, _HIGHEST, _IN_SKY, _NOISY = 0.1, 0.8, 0.001, 0.02
 _OVERFITTED = 2.0  # components of so much more variance in the images they are fitted to than in others are left out
 _NOISE_OF = 4  # pixels to a component of noisy images; more components leave too little to learn the law of noise from
-EXTRA = 3  # coefficients of a noisy image beside those of its components
+NOISINESS = 3  # coefficients of a noisy image beside those of its components: two noise levels, and its brightest pixel
 _FARTHEST = 5.0  # deviations of these that an image may have: one in a thousand was drawn with 9, and spoiled
 _QUARTER = 4  # the faintest and the brightest part of an image, on average, are so many of all pixels
 _LEADING, _OCTAVES = 5, 4  # components that the network also sees as Fourier features, and wavelengths of each
@@ -55,7 +55,7 @@ class PrincipalComponents(nn.Module):
 
     Attributes:
         config: of the arguments, what does not follow from the network.
-        standard_deviation: of each coefficient over the training images, (size,), or (size + EXTRA,) of noisy ones.
+        standard_deviation: of each coefficient over the training images, (size,), or (size + NOISINESS,) of noisy ones.
     """
 
     def __init__(self, image_shape: tuple[int, ...], size: int, noisy: bool = False, keeps_flux: bool = False):
@@ -67,12 +67,12 @@ class PrincipalComponents(nn.Module):
             raise ValueError(f"{pixels} numbers of an image have fewer than {size} principal components")
         self.mean = nn.Parameter(torch.zeros(pixels), requires_grad=False)
         self.vectors = nn.Parameter(torch.zeros(pixels, size), requires_grad=False)
-        self.standard_deviation = nn.Parameter(torch.ones(size + EXTRA * noisy), requires_grad=False)
+        self.standard_deviation = nn.Parameter(torch.ones(size + NOISINESS * noisy), requires_grad=False)
         # Root mean square of the light of all images, where it is not scaled to the same in each
         self.brightness = nn.Parameter(torch.tensor(1.0), requires_grad=False) if keeps_flux else None
         # Mean and deviation of the logarithms of noise levels over the brightest pixel, and of that pixel
-        extra = torch.tensor([[0.0] * EXTRA, [1.0] * EXTRA])
-        self.noisiness = nn.Parameter(extra, requires_grad=False) if noisy else None
+        noisiness = torch.tensor([[0.0] * NOISINESS, [1.0] * NOISINESS])
+        self.noisiness = nn.Parameter(noisiness, requires_grad=False) if noisy else None
         self.noise = NoiseLaw(image_shape) if noisy else None
 
     @classmethod
@@ -115,26 +115,26 @@ class PrincipalComponents(nn.Module):
     def _fit_noise(self, light: Tensor, left: Tensor, others: int) -> None:
         """Sets noise level and noise law by light (n, pixels) and what the components leave over of it; the law by the
         first ``others`` images, to which the components are not fitted."""
-        extra = self._extra(light, left)
-        self.noisiness.copy_(torch.stack([extra.mean(0), extra.std(0).clamp_min(1e-3)]))
-        self.standard_deviation[-EXTRA:] = self.standard_deviation[0]  # as important as the brightest component
-        light, left, extra = light[:others], left[:others], extra[:others]
+        noisiness = self._noisiness(light, left)
+        self.noisiness.copy_(torch.stack([noisiness.mean(0), noisiness.std(0).clamp_min(1e-3)]))
+        self.standard_deviation[-NOISINESS:] = self.standard_deviation[0]  # as important as the brightest component
+        light, left, noisiness = light[:others], left[:others], noisiness[:others]
         # ``decode`` draws noise around a smooth part that it takes that noise's own components off. The law is learned
         # around the same: noise like that of the image, of random signs, stands for the noise that will be drawn
         share = self.vectors.square().sum(1).clamp_max(0.95)
         sign = torch.randint(2, left.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
         smooth = light - left - (sign * left / (1 - share).sqrt()) @ self.vectors @ self.vectors.T
-        self.noise.fit(self._as_images(light), self._as_images(smooth), (extra[:, :2] + extra[:, 2:]).exp())
+        self.noise.fit(self._as_images(light), self._as_images(smooth), (noisiness[:, :2] + noisiness[:, 2:]).exp())
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) in [-1, 1] to coefficients (n, size), or (n, size + EXTRA) of noisy ones."""
+        """Images (n, c, h, w) in [-1, 1] to coefficients (n, size), or (n, size + NOISINESS) of noisy ones."""
         light = _light(images, self.brightness)
         coefficients = (light - self.mean) @ self.vectors
         if self.noise is None:
             return coefficients
         mean, deviation = self.noisiness
-        extra = self._extra(light, light - self.mean - coefficients @ self.vectors.T)
-        return torch.cat([coefficients, (extra - mean) / deviation * self.standard_deviation[-EXTRA:]], 1)
+        noisiness = self._noisiness(light, light - self.mean - coefficients @ self.vectors.T)
+        return torch.cat([coefficients, (noisiness - mean) / deviation * self.standard_deviation[-NOISINESS:]], 1)
 
     def decode(self, coefficients: Tensor, white: Tensor | None = None) -> Tensor:
         """Coefficients to images (n, c, h, w), each of which fills [0, 1] unless flux is kept.
@@ -148,9 +148,9 @@ class PrincipalComponents(nn.Module):
             light = light.clamp_min(0) if self.brightness is None else light
         else:
             mean, deviation = self.noisiness
-            extra = (coefficients[:, -EXTRA:] / self.standard_deviation[-EXTRA:]).clamp(-_FARTHEST, _FARTHEST)
-            extra = extra * deviation + mean
-            level, peak = extra.exp().split([2, 1], 1)
+            noisiness = coefficients[:, -NOISINESS:] / self.standard_deviation[-NOISINESS:]
+            noisiness = noisiness.clamp(-_FARTHEST, _FARTHEST) * deviation + mean
+            level, peak = noisiness.exp().split([2, 1], 1)
             level = level * peak
             noise = self.noise.draw(self._as_images(smooth), level, white).flatten(1) - smooth
             # The coefficients hold the noise within the components already: it is taken off, not to come twice
@@ -158,9 +158,9 @@ class PrincipalComponents(nn.Module):
             light = _between(self.noise.draw(self._as_images(smooth), level, white), self.brightness is None, peak)
         return normalize(light) if self.brightness is None else light * (self.brightness / _light_of(light.shape) / 2)
 
-    def _extra(self, light: Tensor, left: Tensor) -> Tensor:
-        """Logarithms of two noise levels over the brightest pixel, and of that pixel, (n, EXTRA), of light (n, pixels)
-        of which components leave ``left`` over.
+    def _noisiness(self, light: Tensor, left: Tensor) -> Tensor:
+        """Logarithms of two noise levels over the brightest pixel, and of that pixel, (n, NOISINESS), of light
+        (n, pixels) of which components leave ``left`` over.
 
         The levels are those of the pixels that are faintest and brightest on average: structure that is left over adds
         to the noise of the light, and not to that of the sky. Images are scaled by their brightest pixel, so over that

@@ -21,7 +21,7 @@ from image_files import is_image_shape
 from layouts import are_classes
 from models import flow
 from models.checkpoint import generator_weights, load_checkpoint, load_weights
-from models.components import EXTRA, ComponentMLP, PrincipalComponents, without_attention
+from models.components import NOISINESS, ComponentMLP, PrincipalComponents, without_attention
 from models.model import NanoDiT
 from models.population import Population
 from parameters import Parameter, as_plain, asked, from_plain, objects, phases
@@ -37,7 +37,7 @@ def _component_mlp(
     image_shape: tuple[int, ...], noisy: bool = False, keeps_flux: bool = False, **config: Any
 ) -> tuple[nn.Module, nn.Module]:
     network = ComponentMLP(**config)
-    return network, PrincipalComponents(image_shape, network.sample_shape[0] - EXTRA * noisy, noisy, keeps_flux)
+    return network, PrincipalComponents(image_shape, network.sample_shape[0] - NOISINESS * noisy, noisy, keeps_flux)
 
 
 NETWORKS = {"NanoDiT": _nanodit, "ComponentMLP": _component_mlp}  # each gives the network and its codec, or None
