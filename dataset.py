@@ -224,13 +224,20 @@ def load_parts(
 
 
 def print_counts(parts: dict[str, NpyDataset], title: str) -> None:
-    """A table of the images of each class in each subset."""
+    """How large the images of a folder are, and a table of how many of each class are in each subset."""
     counts = {name: part.counts() for name, part in parts.items()}
     classes = list(next(iter(counts.values())))
-    first, width = max(map(len, (title, *parts))), max(9, 2 + max(map(len, classes)))
-    print(f"{title:{first}}" + "".join(f"{name:>{width}}" for name in classes))
+    first, width = max(map(len, parts)), max(9, 2 + max(map(len, classes)))
+    print(f"{title}: {size_in_words(next(iter(parts.values())).image_shape)}")
+    print(" " * first + "".join(f"{name:>{width}}" for name in classes))
     for name, of_classes in counts.items():
         print(f"{name:{first}}" + "".join(f"{count:{width},}" for count in of_classes.values()))
+
+
+def size_in_words(shape: Sequence[int]) -> str:
+    """What (c, h, w) means."""
+    channels, height, width = shape
+    return f"{height}x{width} pixels in {channels} channel(s)"
 
 
 def some_of_each_class(labels: Tensor, count: int, seed: int = 0) -> Tensor:

@@ -82,8 +82,9 @@ def is_image_file(name: str) -> bool:
 
 
 def stem_of(name: str) -> str:
-    """The name of a file of images without its ending, which may be a double one."""
-    return name[: -max(len(ending) for ending in _ENDINGS if name.lower().endswith(ending))]
+    """The name of a file without the ending of an image, which may be a double one."""
+    ending = max((ending for ending in _ENDINGS if name.lower().endswith(ending)), key=len, default="")
+    return name[: len(name) - len(ending)]
 
 
 def read_image(path: str | Path, shape: Shape | None = None) -> LensImage:
@@ -393,6 +394,8 @@ def _open_npz(archive: zipfile.ZipFile) -> _Array:
     names = list(arrays) if len(arrays) == 1 else [name for name in ("image", "images") if name in arrays]
     if len(names) != 1:
         raise InputError(f"holds {len(arrays)} arrays: call that of the image, or images, 'images'")
+    if names == ["images"] and "labels" in arrays:
+        raise InputError("holds labels, too: save both as images.npy and labels.npy, which are read together")
     member = arrays[names[0]]
     return _open_npy(archive.open(member), member.file_size, zipped=True)
 

@@ -120,6 +120,8 @@ def find_classes(root: Path, sources: list[Source]) -> tuple[str, ...]:
         of_labels = all(source.of is None for source in sources)
         numbers = of_labels and all(re.fullmatch(r"-?\d+", name) for name in names)
         return tuple(sorted(names, key=int if numbers else None))
+    if root.is_file():
+        raise InputError(f"{root} is a file: name the folder that it is in", status=2)
     what = f"it {contents(root)}" if root.is_dir() else "there is no such folder"
     advice = "simulate/simulate_lenses.py makes some"
     raise InputError(f"{root}: no class folders with {KINDS}, {what}; {advice}", status=2)
@@ -148,10 +150,10 @@ def read_labels(path: Path) -> list[str] | None:
         raise InputError(f"{file}: is not a .npy file of numbers or texts, or is damaged") from None
     if labels.dtype.kind == "S":
         labels = np.char.decode(labels, "utf-8", "replace")
+    kind = f"{labels.dtype} of shape {labels.shape}"
     if labels.dtype.kind == "b" or (labels.dtype.kind == "f" and (labels % 1 == 0).all()):
         labels = labels.astype(np.int64)
     if labels.dtype.kind not in "uiU" or labels.size != max(labels.shape, default=0):
-        kind = f"{labels.dtype} of shape {labels.shape}"
         raise InputError(f"{file}: holds {kind}, not a whole number or a text for each image")
     return list(map(str, labels.ravel().tolist()))
 

@@ -3,6 +3,7 @@
 import csv
 import gc
 import io
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 
@@ -182,6 +183,7 @@ def check_format(path: str | Path) -> None:
 @own_style
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a figure in the format that the ending of its path names, making its folder when there is none."""
-    with whole(path) as file:
+    with whole(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a class may have a name that the font has no letters for
         figure.savefig(file, dpi=120, format=Path(path).suffix[1:].lower())
     gc.collect()  # the parts of a figure refer to each other, and memory would grow until they are looked for

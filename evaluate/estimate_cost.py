@@ -42,6 +42,7 @@ _DEVICES = (1, 8, 320)
 
 def main() -> None:
     device = distributed.join(settings.pick_device(DEVICE))
+    print(f"measuring {MODEL_SIZE} on {device.type}: minutes on a GPU, hours on a CPU where the network is large")
     torch.manual_seed(0)
     shape = (CHANNELS, IMAGE_SIZE, IMAGE_SIZE)
     model = build(shape).to(device)

@@ -8,6 +8,7 @@ may be of any range; each is scaled to [0, 1] first, as in training. A file may 
 a stack, whose images are called name.npy#0, name.npy#1, ...
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -45,7 +46,7 @@ def main() -> None:
             except InputError as error:
                 problems.append(str(error))
     if problems and (ON_BAD_FILE == "raise" or not images):
-        raise InputError("\n".join(problems))
+        raise InputError("\n".join(problems) + ("\n--on_bad_file skip goes on without them" if images else ""))
     for problem in problems:
         print(f"{problem}: skipped")
     found = {}
@@ -70,7 +71,13 @@ def main() -> None:
 
 def find_files(folder: Path) -> list[Path]:
     """Files of images in a folder and those in it; InputError when there are none."""
-    found = (file for file in folder.rglob("*") if is_image_file(file.name) and not is_table(file))
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: {error.strerror}")
+
+    walked = os.walk(folder, onerror=refuse)
+    there = (Path(inside, name) for inside, folders, files in walked for name in (*folders, *files))
+    found = (file for file in there if is_image_file(file.name) and not is_table(file))
     files = sorted(found, key=lambda file: (file.parent, len(file.name), file.name))
     labels = {file.with_name("labels.npy") for file in files if read_labels(file) is not None}
     if not files:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import distributed
-from dataset import NpyDataset, some_of_each_class
+from dataset import NpyDataset, size_in_words, some_of_each_class
 from metrics import distances, physics, usefulness
 from metrics.measure import Measured, Sample, fewest, find_nearest, masks, measure, measure_cached, select, thumbnails
 from metrics.two_sample import HELD_OUT, Read, c2st
@@ -154,8 +154,7 @@ def check_match(data: NpyDataset, others: dict[str, Any]) -> None:
 
 
 def _words(classes: Sequence[str], shape: Sequence[int]) -> tuple[str, str]:
-    channels, height, width = shape
-    return f"the classes {', '.join(classes)}", f"images of {height}x{width} pixels in {channels} channel(s)"
+    return f"the classes {', '.join(classes)}", f"images of {size_in_words(shape)}"
 
 
 class Reference:

@@ -40,7 +40,8 @@ def word(name: str, metric: dict[str, Any]) -> str:
 
 
 def sentences(sample: Sample) -> list[str]:
-    """Three sentences: where the metrics that decide are in their worst subset, the one farthest off, and copies."""
+    """Where the metrics that decide are in their worst subset, the one farthest off, copies, and a judge that knows
+    nothing, a sentence each."""
     found = words(sample)
     count = len(sample.index) // len(sample.dataset.classes)
     worst = Counter(max(of_subsets.values(), key=WORDS.index) for of_subsets in found.values())
@@ -62,13 +63,20 @@ def sentences(sample: Sample) -> list[str]:
         )
     share = sample.metrics["copy_share"]["overall"]
     seen = "No sign of copies" if found["copy_share"]["overall"] == "at the floor" else "Signs of copies"
-    return [
+    said = [
         f"Of the {_NUMBERS[len(found)]} metrics that decide, {', '.join(counted)}, overall or in the class that is "
         f"worst ({count} images a class{few}).",
         farthest,
         f"{seen}: {share['value']:.1%} of the images, and {share['floor']:.1%} of real test images, are as near to a "
         "training image as a copy would be.",
     ]
+    real, classes = sample.metrics["class_accuracy"]["overall"], len(sample.dataset.classes)
+    if real["value"] is not None and real["floor_interval"][0] <= 1 / classes:
+        said.append(
+            f"The classifier is right on {real['floor']:.1%} of the real images, as by chance: what it and its "
+            "features say means little here. train/train_classifier.py makes one of these images."
+        )
+    return said
 
 
 def _deciding(sample: Sample) -> list[str]:

@@ -117,7 +117,10 @@ def reserve_folder(folder: Path, table: Table, recipe: Recipe = MODEL_II, as_pub
     except Exception:  # astropy can raise nearly anything
         raise InputError(f"{path} is damaged: remove {folder}, or choose another --data_dir") from None
     if old is not None and dict(old.meta) != table.meta:
-        raise InputError(f"{folder} was simulated with {dict(old.meta)}: choose another --data_dir")
+        before, now = ({"MODEL": "II"} | dict(meta) for meta in (old.meta, table.meta))
+        others = [name for name in before | now if before.get(name) != now.get(name)]
+        told = ", ".join(f"{name} {before.get(name, 'as usual')}, not {now.get(name, 'as usual')}" for name in others)
+        raise InputError(f"{folder} was simulated with {told}: choose another --data_dir")
     if old is None and not is_empty(folder):
         raise InputError(f"{folder} was not simulated here: it {contents(folder)}; choose another --data_dir")
     hold(folder)

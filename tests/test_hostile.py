@@ -1,5 +1,6 @@
 """The table of bad inputs: each ends in one line that names it, and none runs code, harms a file or hangs."""
 
+import errno
 import io
 import os
 import pickle
@@ -155,7 +156,8 @@ def test_all_bad_files_are_named_by_training_and_by_classification(
     assert not output.exists()
 
     flags = ["--model_path", classifier, "--npy_path"]
-    lines = one_line(capsys, "evaluate/evaluate_classify.py", *flags, data_copy / "cdm")[-len(rows) :]
+    lines = one_line(capsys, "evaluate/evaluate_classify.py", *flags, data_copy / "cdm")
+    assert lines.pop() == "--on_bad_file skip goes on without them"
     classified = dict(line.split(": ", 1) for line in lines if line.startswith(str(data_copy)))
     for path, (kind, _, complaint) in zip(paths, rows, strict=True):
         assert re.search(complaint, named[str(path)]), kind
@@ -166,6 +168,36 @@ def test_all_bad_files_are_named_by_training_and_by_classification(
     lines = one_line(capsys, "evaluate/evaluate_classify.py", *flags, paths[0])
     assert re.fullmatch(rf"{paths[0]}: (has a|is) {rows[0][2]}", lines[-1])
     assert not (tmp_path / "bombed").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("nope", "cannot be read"),
+        ("nope/axion/", "cannot be read"),
+        ("notes.md", "is not a .npy file"),
+        ("f.npy", "is "),
+    ],
+)
+def test_what_is_no_image_is_named_by_classification(name, complaint, classifier, tmp_path, capsys):
+    (tmp_path / "notes.md").write_text("notes")
+    (tmp_path / "f.npy").write_text("")
+    flags = ["--model_path", classifier, "--npy_path", f"{tmp_path}/{name}"]
+    (line,) = one_line(capsys, "evaluate/evaluate_classify.py", *flags)
+    assert line.startswith(f"{(tmp_path / name)}: {complaint}")
+
+
+def test_a_folder_that_must_not_be_read_is_named(data_copy, classifier, monkeypatch, capsys):
+    scandir = os.scandir
+
+    def forbidden(path):
+        if str(path).endswith("axion"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    flags = ["--model_path", classifier, "--npy_path", data_copy]
+    assert one_line(capsys, "evaluate/evaluate_classify.py", *flags)[-1] == f"{data_copy}/axion: Permission denied"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
@@ -232,7 +264,7 @@ FOLDERS = [
     ),
     ("an empty folder", empty, "no .npy, .npz or FITS files in its class folders"),
     ("one image", one_image, "add images|more than the"),
-    ("a file instead of a folder", a_file_instead, "no class folders with .npy, .npz or FITS files"),
+    ("a file instead of a folder", a_file_instead, "is a file: name the folder that it is in"),
     ("no folder", shutil.rmtree, "no class folders with .npy, .npz or FITS files"),
 ]
 

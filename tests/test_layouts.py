@@ -409,6 +409,10 @@ REFUSED = {
     "a catalogue": (in_class("x.fits", lambda path: catalogue().writeto(path)), "holds no image"),
     "a FITS file that goes back": (in_class("x.fits", goes_back_without_end), "holds no image|is damaged"),
     "masked pixels": (in_class("x.fits", masked), "holds NaN or Inf"),
+    "labels within": (
+        in_class("x.npz", lambda path: np.savez(path, images=STACK, labels=np.arange(20))),
+        r"x.npz: holds labels, too: save both as images.npy and labels.npy",
+    ),
     "two arrays": (in_class("x.npz", lambda path: np.savez(path, a=STACK, b=STACK)), "holds 2 arrays: call"),
     "a bad image in a stack": (
         in_class("x.npy", np.concatenate([STACK, np.zeros((1, 16, 16), "i2")])),
@@ -417,6 +421,7 @@ REFUSED = {
     "too few labels": (labelled(STACK, np.arange(19)), "images.npy: holds 20 images, but there are 19 labels"),
     "labels of one image": (labelled(STACK[:3], np.arange(4)), "but there are 4 labels"),
     "labels that are no numbers": (labelled(STACK, np.arange(20) / 2), "labels.npy: holds float64 of shape"),
+    "labels of two axes, as floats": (labelled(STACK, np.eye(20)), r"labels.npy: holds float64 of shape \(20, 20\)"),
     "labels of two axes": (labelled(STACK, np.eye(20, dtype=int)), r"labels.npy: holds int64 of shape \(20, 20\)"),
     "malicious labels": (labelled(STACK, np.array([Bomb()] * 20)), "labels.npy: is not a .npy file of numbers or"),
     "a label that is no name": (labelled(STACK, np.array(["../a"] * 20)), r"no class can have the name '\.\./a'"),

@@ -224,6 +224,19 @@ def test_the_earlier_run_stays_where_it_is_when_the_new_one_cannot_begin(train, 
     assert not (run / "earlier_1").exists()
 
 
+def test_a_run_on_other_classes_or_images_is_told_which_it_was_on(train, data_copy, tmp_path):
+    train(EPOCHS=1, DATA_DIR=str(data_copy))
+    for path in data_copy.glob("*/*.npy"):
+        np.save(path, np.load(path)[::2, ::2])
+    complaint = r"final.pt has image shape \[1, 64, 64\], not \[1, 32, 32\]: choose another --output_dir"
+    with pytest.raises(settings.InputError, match=complaint):
+        train(EPOCHS=1, DATA_DIR=str(data_copy))
+    shutil.rmtree(data_copy / "cdm")
+    complaint = r"has classes \['axion', 'cdm', 'no_sub'\], not \['axion', 'no_sub'\]: choose another"
+    with pytest.raises(settings.InputError, match=complaint):
+        train(EPOCHS=1, DATA_DIR=str(data_copy))
+
+
 def test_components_are_not_gone_on_with_for_images_of_another_size(lens_data, tmp_path, undrawn, capsys):
     flags = ["--recipe", "component_mlp", "--latent_dim", 16, "--batch_size", 16, "--epochs", 1]
     flags += ["--output_dir", tmp_path / "run"]

@@ -141,6 +141,16 @@ def test_the_verdict_is_at_the_floor_for_real_images_and_off_for_broken_ones(sco
     assert 'Farthest from its floor is "' in said[1]
 
 
+def test_the_verdict_says_when_the_classifier_knows_nothing_of_the_images(scored, monkeypatch):
+    assert len(verdict.sentences(scored["swapped"])) == 3
+    accuracy = scored["real"].metrics["class_accuracy"]["overall"]
+    monkeypatch.setitem(accuracy, "floor", 1 / 3)
+    monkeypatch.setitem(accuracy, "floor_interval", (0.25, 0.43))
+    *others, said = verdict.sentences(scored["real"])
+    assert len(others) == 3
+    assert said.startswith("The classifier is right on 33.3% of the real images, as by chance: ")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "floor", "deviation", "word"),
     [

@@ -135,11 +135,15 @@ def test_a_stopped_run_goes_on_without_making_any_image_again(data_copy):
 
 
 def test_other_images_and_other_settings_are_not_mixed_in(data_copy, capsys):
-    for flags in (["--seed", 7], ["--einstein_radius_convention", "angular_diameter"]):
+    for flags, told in (
+        (["--seed", 7], "SEED 0, not 7"),
+        (["--einstein_radius_convention", "angular_diameter"], "THETA_E luminosity, not angular_diameter"),
+        (["--model", "III", "--noise", "on"], "MODEL II, not III, NOISE as usual, not on"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             run_script("simulate/simulate_lenses.py", "--data_dir", data_copy, *flags)
         assert stopped.value.code == 1
-        assert "choose another --data_dir" in capsys.readouterr().err
+        assert f"was simulated with {told}: choose another --data_dir" in capsys.readouterr().err
     (data_copy / "parameters.fits").unlink()
     with pytest.raises(InputError, match=r"not simulated here: it holds 1 .json file, axion/, cdm/, no_sub/"):
         simulate_lenses.reserve_folder(data_copy, sim.parameter_table(1, 0))

@@ -250,9 +250,14 @@ def test_training_starts_from_the_weights_of_a_checkpoint(checkpoint, lens_data,
     model = build_generator(load_checkpoint(checkpoint), checkpoint)
     for name, value in model.network.state_dict().items():
         assert torch.equal(started["model_state_dict"][name], value), name
-    with pytest.raises(SystemExit):
-        run_script("train/train_diffusion.py", *flags, "--latent_dim", 64)
-    assert f"{checkpoint} is of another network, not of hidden_size 64" in capsys.readouterr().err
+    run = tmp_path / "dit_conditional_ckpts" / "dit_conditional_final.pt"
+    for output, named, advice in (
+        ("new", checkpoint, "leave that to it"),
+        (".", run, "choose another --output_dir for this one"),
+    ):
+        with pytest.raises(SystemExit):
+            run_script("train/train_diffusion.py", *flags, "--latent_dim", 64, "--output_dir", tmp_path / output)
+        assert f"{named} is of another network, not of hidden_size 64: {advice}" in capsys.readouterr().err
 
 
 def test_the_size_of_a_network_to_start_from_is_its_own(checkpoint, lens_data, tmp_path, capsys):

@@ -41,6 +41,7 @@ _FREE = {
     "WORTH_STARTING_HOURS",
 }
 _OF_A_RUN = ("*_ckpts", "dit_conditional_images", "dit_conditional_npy", "training_metrics.*", "confusion_matrix.png")
+_SHOWN = {"classes", "image_shape", "image_size", "channels"}  # short enough to be told where they differ
 _NEEDED = {"optimizer_state_dict", "history", "settings", "step_in_epoch"}  # in a checkpoint, to go on from it
 _DRAWN_EVERY = 10  # seconds
 _SOUND, _RUNAWAY = 3, 1000  # times the loss of an untrained network: a loss is sound up to the one, lost from the other
@@ -111,10 +112,13 @@ class Run:
         self._hold()
         self.content, self.data = content, images.identity
         self.steps_per_epoch = math.ceil(len(images) / self.batch_size)
-        for name, value in content.items() if self.state else ():
-            if self.state.get(name) != value:
-                what = "network" if name == "model_config" else name.replace("_", " ")
-                raise InputError(f"{self.found} is of another {what}: choose another --output_dir for this one")
+        others = [name for name, value in content.items() if self.state and self.state.get(name) != value]
+        if others:
+            name = min(others, key="model_config".__eq__)  # the network differs, too, where other things do
+            what = "network" if name == "model_config" else name.replace("_", " ")
+            told = f"has {what} {self.state.get(name)}, not {content[name]}"
+            told = told if name in _SHOWN else f"is of another {what}"
+            raise InputError(f"{self.found} {told}: choose another --output_dir for this one")
         if self.found != self.newest or self.state is None:
             distributed.gather(None)  # all have read it
             if distributed.is_main():

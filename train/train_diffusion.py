@@ -125,7 +125,7 @@ def main() -> None:
     before = generator_before(run)
     images.scaling = validation.scaling = choose_scaling(images, before)
     images.images = flow.to_network_range(images.images)  # once and for all epochs
-    generator = prepare_generator(images, before)
+    generator = prepare_generator(images, before, run.found or START_PATH)
     run.begin(images, generator.description())
     network = generator.to(device).network
     guidance = CFG_SCALE if len(images.classes) > 1 else 1.0  # of one class, there is nothing to be truer to
@@ -223,7 +223,7 @@ def check_settings(num_images: int) -> None:
             2,
         )
     if EPOCHS * steps_per_epoch < EMA_UPDATE_EVERY:
-        raise InputError(f"EMA_UPDATE_EVERY {EMA_UPDATE_EVERY} is more than all steps: the EMA would stay untrained", 2)
+        raise InputError(f"EMA_UPDATE_EVERY {EMA_UPDATE_EVERY} is more than all steps: take fewer, or more EPOCHS", 2)
     if CFG_SCALE != 1 and LABEL_DROPOUT == 0:
         raise InputError(f"CFG_SCALE {CFG_SCALE:g} needs hidden labels: raise LABEL_DROPOUT, or take CFG_SCALE 1", 2)
     if WARMUP_EPOCHS >= EPOCHS:
@@ -284,11 +284,11 @@ def choose_parameters(images: NpyDataset, before: Generator | None) -> tuple[Par
     return tuple(found)
 
 
-def prepare_generator(images: NpyDataset, before: Generator | None) -> Generator:
+def prepare_generator(images: NpyDataset, before: Generator | None, path: str | Path | None) -> Generator:
     """The generator of MODEL_SIZE and of the constants that are set beside it, or that of START_PATH with its weights.
 
     Args:
-        before: a generator to go on with, whose principal components stay.
+        before: a generator to go on with, whose principal components stay, from a checkpoint at ``path``.
 
     Raises:
         InputError: for a network that cannot be, or is not that of START_PATH.
@@ -299,7 +299,7 @@ def prepare_generator(images: NpyDataset, before: Generator | None) -> Generator
     if START_PATH:
         size = dict(SIZES.get(MODEL_SIZE, {}))
         size.pop("components", None)  # its own stay
-        return start_from(before, size | given, images, parameters)
+        return start_from(before, path, size | given, images, parameters)
     size = MODEL_SIZE or "NanoDiT-B/2"
     changes, codec = dict(given), None
     if components := SIZES[size].get("components"):
@@ -341,9 +341,18 @@ def in_words(generator: Generator) -> str:
 
 
 def start_from(
-    generator: Generator, wanted: dict[str, Any], images: NpyDataset, parameters: tuple[Parameter, ...]
+    generator: Generator,
+    path: str | Path,
+    wanted: dict[str, Any],
+    images: NpyDataset,
+    parameters: tuple[Parameter, ...],
 ) -> Generator:
-    """The generator at START_PATH, to be trained further, and told parameters from now on where it had none.
+    """The generator at START_PATH, or of a run that began with it, to be trained further, and told parameters from now
+    on where it had none.
+
+    Args:
+        path: of the checkpoint that it is from.
+        wanted: what the constants say that it should be.
 
     Raises:
         InputError: when it is not as ``wanted``, or is of other classes or images.
@@ -351,11 +360,12 @@ def start_from(
     known = generator.description()
     known |= known["model_config"]
     if other := [f"{name} {value}" for name, value in wanted.items() if known.get(name) != value]:
-        raise InputError(f"{START_PATH} is of another network, not of {', '.join(other)}: leave that to it", 2)
+        advice = "leave that to it" if path == START_PATH else "choose another --output_dir for this one"
+        raise InputError(f"{path} is of another network, not of {', '.join(other)}: {advice}", 2)
     if (generator.classes, generator.image_shape) != (images.classes, images.image_shape):
         here, there = (f"{', '.join(of.classes)} in {of.image_shape}" for of in (images, generator))
-        raise InputError(f"{START_PATH} is of {there}, {DATA_DIR} of {here}", 2)
-    print(f"network: that of {START_PATH}")
+        raise InputError(f"{path} is of {there}, {DATA_DIR} of {here}", 2)
+    print(f"network: that of {path}")
     return generator.with_parameters(parameters)
 
 
