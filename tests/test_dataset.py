@@ -410,7 +410,8 @@ def check_folder(folder, classes, shape, monkeypatch):
 def test_classes_are_called_as_their_folders(tmp_path, monkeypatch, capsys, classes):
     sys.stdout.reconfigure(errors="replace")  # as a script does
     check_folder(some_images(tmp_path, classes), classes, (1, 64, 64), monkeypatch)
-    table = capsys.readouterr().out.splitlines()[:4]
+    first, *table = capsys.readouterr().out.splitlines()[:5]
+    assert first.endswith(": 64x64 pixels in 1 channel(s)")
     assert len({len(line) for line in table}) == 1
     if all(map(str.isprintable, classes)):
         assert all(f" {name}" in table[0] for name in classes)
@@ -622,8 +623,9 @@ def test_images_deeper_in_a_class_folder_are_said_to_be_left_out(data_copy, caps
 def test_the_images_of_each_class_and_split_are_counted(lens_data, capsys):
     parts = dict(zip(("train", "val", "test"), load_parts(lens_data, "train", "val", "test"), strict=True))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == [str(lens_data), *CLASSES]
-    for name, *counts in lines[1:]:
+    assert " ".join(lines[0]) == f"{lens_data}: 64x64 pixels in 1 channel(s)"
+    assert lines[1] == [*CLASSES]
+    for name, *counts in lines[2:]:
         assert [int(count) for count in counts] == torch.bincount(parts[name].labels).tolist()
         assert sum(map(int, counts)) == len(parts[name])
 
