@@ -224,6 +224,16 @@ def test_the_earlier_run_stays_where_it_is_when_the_new_one_cannot_begin(train, 
     assert not (run / "earlier_1").exists()
 
 
+def test_a_folder_with_another_networks_run_is_left_alone(train, lens_data, capsys):
+    run = train(EPOCHS=1)
+    before = sorted(run.rglob("*"))
+    with pytest.raises(SystemExit):
+        run_script("train/train_classifier.py", "--data_dir", lens_data, "--output_dir", run, "--batch_size", 16)
+    complaint = "holds a run of another network, in dit_conditional_ckpts: choose another --output_dir"
+    assert complaint in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+
+
 def test_a_run_on_other_classes_or_images_is_told_which_it_was_on(train, data_copy, tmp_path):
     train(EPOCHS=1, DATA_DIR=str(data_copy))
     for path in data_copy.glob("*/*.npy"):

@@ -72,7 +72,7 @@ class Run:
         steps_per_epoch: number of batches.
 
     Raises:
-        InputError: for checkpoints of another script or network, of several runs, or that are all damaged.
+        InputError: for a folder with another network's run, or checkpoints of several runs, or that are all damaged.
     """
 
     def __init__(
@@ -93,6 +93,11 @@ class Run:
         self.newest, self.state = None, None
         if distributed.from_main(self.output.exists()):  # or else it is made when the run begins
             self._hold()
+        for other in self.output.glob("*_ckpts"):
+            if other != self.folder and any(other.iterdir()):
+                raise InputError(
+                    f"{self.output} holds a run of another network, in {other.name}: choose another --output_dir"
+                )
         self._find()
 
     def _hold(self) -> None:
