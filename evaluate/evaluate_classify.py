@@ -10,6 +10,7 @@ a stack, whose images are called name.npy#0, name.npy#1, ...
 
 import os
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -75,9 +76,8 @@ def find_files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: {error.strerror}")
 
-    walked = os.walk(folder, onerror=refuse)
-    there = (Path(inside, name) for inside, folders, files in walked for name in (*folders, *files))
-    found = (file for file in there if is_image_file(file.name) and not is_table(file))
+    there = (Path(top, name) for top, *inside in os.walk(folder, onerror=refuse) for name in chain(*inside))
+    found = (path for path in there if is_image_file(path.name) and not is_table(path))
     files = sorted(found, key=lambda file: (file.parent, len(file.name), file.name))
     labels = {file.with_name("labels.npy") for file in files if read_labels(file) is not None}
     if not files:

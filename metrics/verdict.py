@@ -70,8 +70,8 @@ def sentences(sample: Sample) -> list[str]:
         f"{seen}: {share['value']:.1%} of the images, and {share['floor']:.1%} of real test images, are as near to a "
         "training image as a copy would be.",
     ]
-    real, classes = sample.metrics["class_accuracy"]["overall"], len(sample.dataset.classes)
-    if real["value"] is not None and real["floor_interval"][0] <= 1 / classes:
+    real = sample.metrics["class_accuracy"]["overall"]
+    if "class_accuracy" in found and real["floor_interval"][0] <= 1 / len(sample.dataset.classes):
         said.append(
             f"The classifier is right on {real['floor']:.1%} of the real images, as by chance: what it and its "
             "features say means little here. train/train_classifier.py makes one of these images."

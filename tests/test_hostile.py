@@ -176,7 +176,7 @@ def test_all_bad_files_are_named_by_training_and_by_classification(
         ("nope", "cannot be read"),
         ("nope/axion/", "cannot be read"),
         ("notes.md", "is not a .npy file"),
-        ("f.npy", "is "),
+        ("f.npy", "is empty"),
     ],
 )
 def test_what_is_no_image_is_named_by_classification(name, complaint, classifier, tmp_path, capsys):

@@ -117,12 +117,12 @@ class Run:
         self._hold()
         self.content, self.data = content, images.identity
         self.steps_per_epoch = math.ceil(len(images) / self.batch_size)
-        others = [name for name, value in content.items() if self.state and self.state.get(name) != value]
-        if others:
+        if others := [name for name, value in content.items() if self.state and self.state.get(name) != value]:
             name = min(others, key="model_config".__eq__)  # the network differs, too, where other things do
             what = "network" if name == "model_config" else name.replace("_", " ")
-            told = f"has {what} {self.state.get(name)}, not {content[name]}"
-            told = told if name in _SHOWN else f"is of another {what}"
+            told = f"is of another {what}"
+            if name in _SHOWN:
+                told = f"has {what} {self.state.get(name)}, not {content[name]}"
             raise InputError(f"{self.found} {told}: choose another --output_dir for this one")
         if self.found != self.newest or self.state is None:
             distributed.gather(None)  # all have read it
