@@ -206,11 +206,15 @@ def phases(parameters: Sequence[Parameter], columns: Mapping[str, np.ndarray]) -
     return torch.from_numpy(np.stack([of.phase(columns[of.name]) for of in parameters], 1).astype(np.float32))
 
 
-def objects(parameters: Sequence[Parameter]) -> list[list[list[int]]]:
-    """Which parameters belong together, by their numbers: for each kind of objects, for each of these, its parameters.
+def objects(parameters: Sequence[Parameter], beside_lens: bool = True) -> list[list[list[int]]]:
+    """Which parameters belong together, by their numbers: for each kind of objects, for each of these, its parameters,
+    and then those of the lens, by which it depends what a subhalo does to an image.
 
     Those of a name and number, as subhalo_x_3 and subhalo_y_3, are of one object if it has a mass, subhalo_mass_3; the
     others, such as gamma_1 and gamma_2, are of the lens, where each has a meaning of its own.
+
+    Args:
+        beside_lens: False gives each object its own parameters alone, as older generators see them.
     """
     names = [parameter.name for parameter in parameters]
     masses = {match[1] for name in names if (match := re.fullmatch(r"(.*)mass_\d+", name))}
@@ -224,7 +228,8 @@ def objects(parameters: Sequence[Parameter]) -> list[list[list[int]]]:
         quantities = sorted(of_object)
         same = (kind, *quantities) if number else ()
         kinds.setdefault(same, []).append([of_object[quantity] for quantity in quantities])
-    return list(kinds.values())
+    lens = kinds.get((), [[]])[0] if beside_lens else []
+    return [[one + lens if kind else one for one in of_kind] for kind, of_kind in kinds.items()]
 
 
 def asked(

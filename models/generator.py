@@ -331,7 +331,7 @@ def build_generator(content: dict[str, Any], path: str | Path) -> Generator:
         if not 0 < config.get("depth", 1) <= len(weights):
             raise ValueError(f"{config['depth']} blocks")
         parameters = from_plain(content["parameters"])
-        if config.get("objects", []) != objects(parameters):
+        if config.get("objects", []) not in (objects(parameters), objects(parameters, beside_lens=False)):
             raise ValueError("a network of other parameters")
         given = (*(content[name] for name in _ASSEMBLED), parameters)
         with torch.device("meta"), _WithoutRandom():  # costs nothing, whatever sizes a file asks for

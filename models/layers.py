@@ -103,7 +103,7 @@ class LabelEmbedder(nn.Module):
 class ParameterEmbedder(nn.Module):
     """Phases of parameters (n, parameters), NaN where unknown, to vectors (n, width).
 
-    Each object, the lens or one of its subhaloes, goes through the hidden layer of its kind, and what that makes of all
+    Each object, the lens or a subhalo beside it, goes through the hidden layer of its kind, and what that makes of all
     of a kind is added up, as their effects on an image are (Zaheer et al. 2017, arXiv:1703.06114). Phases are told by
     sines and cosines in some octaves (Fourier features, arXiv:2006.10739); an unknown one has a learned vector instead.
 
@@ -115,7 +115,7 @@ class ParameterEmbedder(nn.Module):
     def __init__(self, objects: Sequence[Sequence[Sequence[int]]], hidden_size: int, num_octaves: int = 5):
         super().__init__()
         self.objects, self.num_octaves = objects, num_octaves
-        self.count = sum(len(of_object) for kind in objects for of_object in kind)
+        self.count = 1 + max(number for kind in objects for of_object in kind for number in of_object)
         features = 2 * num_octaves + 1
         self.hidden = nn.ModuleList(nn.Linear(features * len(kind[0]), 2 * hidden_size) for kind in objects)
         self.outputs = nn.ModuleList(nn.Linear(2 * hidden_size, hidden_size) for _ in objects)

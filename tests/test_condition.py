@@ -33,8 +33,8 @@ def randomized(network):
     return network
 
 
-def pixel_generator() -> Generator:
-    network = randomized(random_model(objects=objects(KNOWN)))
+def pixel_generator(beside_lens: bool = True) -> Generator:
+    network = randomized(random_model(objects=objects(KNOWN, beside_lens)))
     return Generator(network, LENSES, network.sample_shape, lens_parameters=KNOWN).eval()
 
 
@@ -44,7 +44,12 @@ def coefficient_generator() -> Generator:
     return model
 
 
-MODELS = pytest.mark.parametrize("build", [pixel_generator, coefficient_generator], ids=["NanoDiT", "ComponentMLP"])
+def older_generator() -> Generator:
+    """As before subhaloes were seen beside the lens."""
+    return pixel_generator(beside_lens=False)
+
+
+MODELS = pytest.mark.parametrize("build", [pixel_generator, older_generator, coefficient_generator])
 
 
 # The network
@@ -52,7 +57,7 @@ MODELS = pytest.mark.parametrize("build", [pixel_generator, coefficient_generato
 
 def test_vectors_of_parameters_follow_the_formula():
     """Against NumPy: Fourier features, one hidden layer for each kind of objects, summed over objects."""
-    embedder = ParameterEmbedder([[[1]], [[0, 2], [4, 3]]], 6, num_octaves=2)
+    embedder = ParameterEmbedder([[[1]], [[0, 2, 1], [4, 3, 1]]], 6, num_octaves=2)
     given = torch.tensor([[0.3, NAN, -0.2, 0.1, NAN]])
     w = {name: value.detach().double().numpy() for name, value in embedder.named_parameters()}
 
@@ -71,7 +76,7 @@ def test_vectors_of_parameters_follow_the_formula():
             hidden = hidden + gelu(w[f"hidden.{k}.weight"] @ x + w[f"hidden.{k}.bias"])
         return w[f"outputs.{k}.weight"] @ hidden + w[f"outputs.{k}.bias"]
 
-    expected = kind(0, [[1]]) + kind(1, [[0, 2], [4, 3]])
+    expected = kind(0, [[1]]) + kind(1, [[0, 2, 1], [4, 3, 1]])
     np.testing.assert_allclose(embedder(given)[0].detach().numpy(), expected, rtol=1e-5, atol=1e-6)
 
 

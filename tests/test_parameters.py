@@ -299,10 +299,11 @@ def test_parameters_that_cannot_be_are_one_line(specification, values, fault):
         fit([specification], {"p": Column(np.array(values))}, ["a", "a"])
 
 
-def test_parameters_of_one_number_are_of_one_object_and_objects_of_a_kind_are_together():
+def test_parameters_of_one_number_are_of_one_object_beside_the_lens_and_objects_of_a_kind_are_together():
     names = ("source_x", "halo_mass_1", "halo_x_1", "halo_r_1", "halo_mass_2", "halo_x_2", "mass_total", "v1")
     found = objects([parameter(name=name) for name in names])
-    assert found == [[[6, 0, 7]], [[1, 3, 2]], [[4, 5]]]
+    assert found == [[[6, 0, 7]], [[1, 3, 2, 6, 0, 7]], [[4, 5, 6, 0, 7]]]
+    assert objects([parameter(name=name) for name in names], beside_lens=False) == [[[6, 0, 7]], [[1, 3, 2]], [[4, 5]]]
     names = ("halo_mass_1", "halo_x_1", "halo_x_2", "halo_mass_2")
     assert objects([parameter(name=name) for name in names]) == [[[0, 1], [3, 2]]]
 
@@ -310,7 +311,7 @@ def test_parameters_of_one_number_are_of_one_object_and_objects_of_a_kind_are_to
 def test_numbers_without_a_mass_have_a_meaning_of_their_own():
     """gamma_1 and gamma_2 are no two objects of a kind, which could change places."""
     names = ("gamma_1", "gamma_2", "halo_mass_1", "halo_mass_2", "centre_0", "centre_1")
-    assert objects([parameter(name=name) for name in names]) == [[[4, 5, 0, 1]], [[2], [3]]]
+    assert objects([parameter(name=name) for name in names]) == [[[4, 5, 0, 1]], [[2, 4, 5, 0, 1], [3, 4, 5, 0, 1]]]
     assert objects([parameter(name=name) for name in ("mass_1", "x_1", "mass_2", "x_2")]) == [[[0, 1], [2, 3]]]
 
 
