@@ -136,6 +136,16 @@ class NpyDataset(Dataset):
         """Number of images of each class."""
         return dict(zip(self.classes, torch.bincount(self.labels, minlength=len(self.classes)).tolist(), strict=True))
 
+    def check_match(self, path: str | Path, classes: Sequence[str], image_shape: Sequence[int], advice: str) -> None:
+        """Raises InputError unless a network or a folder, by its path, is of such classes and images."""
+        ours, theirs = (
+            (f"the classes {', '.join(names)}", f"images of {size_in_words(shape)}")
+            for names, shape in ((self.classes, self.image_shape), (classes, image_shape))
+        )
+        for here, there in zip(ours, theirs, strict=True):
+            if here != there:
+                raise InputError(f"{path} is of {there}, but {self.root_dir} of {here}: {advice}", 2)
+
     def columns(self, names: Iterable[str], lenient: bool = False) -> dict[str, Column]:
         """Physical parameters of the images by name, as tables, pickled files and headers say them; see ``parameters``.
 

@@ -5,7 +5,7 @@ all it takes to be in the tables and the report.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import distributed
-from dataset import NpyDataset, size_in_words, some_of_each_class
+from dataset import NpyDataset, some_of_each_class
 from metrics import distances, physics, usefulness
 from metrics.measure import Measured, Sample, fewest, find_nearest, masks, measure, measure_cached, select, thumbnails
 from metrics.two_sample import HELD_OUT, Read, c2st
@@ -147,14 +147,8 @@ def check_match(data: NpyDataset, others: dict[str, Any]) -> None:
         if is_classifier and len(data.classes) == 1:
             continue
         shape = getattr(other, "image_shape", None) or (other.channels, *data.image_shape[1:])
-        for ours, theirs in zip(_words(data.classes, data.image_shape), _words(other.classes, shape), strict=True):
-            if ours != theirs:
-                advice = "train/train_classifier.py makes one of these" if is_classifier else "they do not go together"
-                raise InputError(f"{path} is of {theirs}, but {data.root_dir} of {ours}: {advice}", 2)
-
-
-def _words(classes: Sequence[str], shape: Sequence[int]) -> tuple[str, str]:
-    return f"the classes {', '.join(classes)}", f"images of {size_in_words(shape)}"
+        advice = "train/train_classifier.py makes one of these" if is_classifier else "they do not go together"
+        data.check_match(path, other.classes, shape, advice)
 
 
 class Reference:

@@ -41,7 +41,7 @@ _FREE = {
     "WORTH_STARTING_HOURS",
 }
 _OF_A_RUN = ("*_ckpts", "dit_conditional_images", "dit_conditional_npy", "training_metrics.*", "confusion_matrix.png")
-_SHOWN = {"classes", "image_shape", "image_size", "channels"}  # short enough to be told where they differ
+_SHOWN = {"classes", "image_size", "channels"}  # short enough to be told where they differ
 _NEEDED = {"optimizer_state_dict", "history", "settings", "step_in_epoch"}  # in a checkpoint, to go on from it
 _DRAWN_EVERY = 10  # seconds
 _SOUND, _RUNAWAY = 3, 1000  # times the loss of an untrained network: a loss is sound up to the one, lost from the other

@@ -122,7 +122,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     run = Run(globals(), "dit_conditional_ckpts/dit_conditional", device, of_today)
-    before = generator_before(run)
+    before = generator_before(run, images)
     images.scaling = validation.scaling = choose_scaling(images, before)
     images.images = flow.to_network_range(images.images)  # once and for all epochs
     generator = prepare_generator(images, before, run.found or START_PATH)
@@ -234,11 +234,19 @@ def check_settings(num_images: int) -> None:
         raise InputError(f"MIN_LEARNING_RATE {MIN_LEARNING_RATE:g} is more than LEARNING_RATE {LEARNING_RATE:g}", 2)
 
 
-def generator_before(run: Run) -> Generator | None:
-    """The generator that a run goes on with, or that at START_PATH, or None."""
-    if run.state:
-        return build_generator(run.state, run.found)
-    return build_generator(load_checkpoint(START_PATH), START_PATH) if START_PATH else None
+def generator_before(run: Run, images: NpyDataset) -> Generator | None:
+    """The generator that a run goes on with, or that at START_PATH, or None.
+
+    Raises:
+        InputError: when it is of other classes or images.
+    """
+    path = run.found or START_PATH
+    if not path:
+        return None
+    before = build_generator(run.state or load_checkpoint(path), path)
+    advice = "choose another --output_dir for this one" if run.found else "choose another --start_path"
+    images.check_match(path, before.classes, before.image_shape, advice)
+    return before
 
 
 def choose_scaling(images: NpyDataset, before: Generator | None) -> scaling.Scaling:
@@ -299,15 +307,11 @@ def prepare_generator(images: NpyDataset, before: Generator | None, path: str | 
     if START_PATH:
         size = dict(SIZES.get(MODEL_SIZE, {}))
         size.pop("components", None)  # its own stay
-        return start_from(before, path, size | given, images, parameters)
+        return start_from(before, path, size | given, parameters)
     size = MODEL_SIZE or "NanoDiT-B/2"
     changes, codec = dict(given), None
     if components := SIZES[size].get("components"):
         codec = before.codec if before else None
-        if codec and codec.image_shape != images.image_shape:
-            there, here = codec.image_shape, images.image_shape
-            what = f"the generator to go on with is of {there}, {DATA_DIR} of {here}"
-            raise InputError(f"{what}: choose another --output_dir for this one", 2)
         if codec is None:
             some = some_of_all(images.images, AUGMENT, min(8192, _FITTED_BYTES // images.images[0].nbytes))
             codec = distributed.from_main(PrincipalComponents.fitted(some, components, images.scaling.keeps_flux))
@@ -341,11 +345,7 @@ def in_words(generator: Generator) -> str:
 
 
 def start_from(
-    generator: Generator,
-    path: str | Path,
-    wanted: dict[str, Any],
-    images: NpyDataset,
-    parameters: tuple[Parameter, ...],
+    generator: Generator, path: str | Path, wanted: dict[str, Any], parameters: tuple[Parameter, ...]
 ) -> Generator:
     """The generator at START_PATH, or of a run that began with it, to be trained further, and told parameters from now
     on where it had none.
@@ -355,16 +355,13 @@ def start_from(
         wanted: what the constants say that it should be.
 
     Raises:
-        InputError: when it is not as ``wanted``, or is of other classes or images.
+        InputError: when it is not as ``wanted``.
     """
     known = generator.description()
     known |= known["model_config"]
     if other := [f"{name} {value}" for name, value in wanted.items() if known.get(name) != value]:
         advice = "leave that to it" if path == START_PATH else "choose another --output_dir for this one"
         raise InputError(f"{path} is of another network, not of {', '.join(other)}: {advice}", 2)
-    if (generator.classes, generator.image_shape) != (images.classes, images.image_shape):
-        here, there = (f"{', '.join(of.classes)} in {of.image_shape}" for of in (images, generator))
-        raise InputError(f"{path} is of {there}, {DATA_DIR} of {here}", 2)
     print(f"network: that of {path}")
     return generator.with_parameters(parameters)
 
