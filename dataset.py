@@ -30,7 +30,7 @@ import nanodit_path  # noqa: F401
 from files import save_array, write_arrays
 from image_files import MOST_VALUES, LensImage, Shape, StackError, normalize, other_shape, read_image, read_stack
 from layouts import Source, find_classes, find_sources, list_files, read_labels, why_missing
-from parameters import Column, Parameter, converted, phases, read_columns
+from parameters import Column, Parameter, converted, phases, read_columns, warn_of_others
 from scaling import Scaling
 from settings import InputError
 
@@ -162,7 +162,9 @@ class NpyDataset(Dataset):
     def phases(self, parameters: Sequence[Parameter], lenient: bool = False) -> Tensor:
         """The same as networks see them, (n, parameters) float32, NaN where unknown."""
         columns = self.columns((of.name for of in parameters), lenient)
-        return phases(parameters, {of.name: converted(of.name, columns[of.name], of.unit) for of in parameters})
+        values = {of.name: converted(of.name, columns[of.name], of.unit) for of in parameters}
+        warn_of_others(parameters, values, self.root_dir)
+        return phases(parameters, values)
 
     @cached_property
     def identity(self) -> str:

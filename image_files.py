@@ -142,7 +142,7 @@ def read_keywords(path: str | Path, names: Sequence[str]) -> dict[str, tuple[flo
         with suppress(OSError, InputError), open(path, "rb") as file, _parsing("FITS"), _hdus(file) as hdus:
             header = _image_of(hdus).header
             for name in names:
-                if isinstance(header.get(name), int | float):
+                if isinstance(value := header.get(name), int | float) and not isinstance(value, bool):
                     unit = re.match(r"\[(.*?)\]", header.comments[name])
                     found[name] = float(header[name]), unit[1] if unit else ""
     return found

@@ -11,6 +11,8 @@ subhalo_mass_1, of the heaviest one, to subhalo_mass_25, and subhalo_mass_total;
 source_y.
 """
 
+import csv
+import io
 import math
 import re
 import warnings
@@ -36,7 +38,9 @@ _MISSING = ("", "na", "n/a", "#n/a", "nan", "none", "null", "-", "--")  # cells 
 _LOGARITHMIC = 30  # largest over smallest value of a parameter that is told by its logarithm
 _MARGIN = 0.02  # of its range, which the largest value of a training set falls short of by chance
 _LARGEST = 1e30  # phase that anybody may ask for
+_FEW = 0.05  # of a folder's values, which may be outside the range of training
 _MOST = 1000  # parameters of a checkpoint
+_NOWHERE, _SEVERAL = -1, -2  # in place of the number of an image
 
 
 class Column(NamedTuple):
@@ -90,6 +94,15 @@ class Parameter:
             return phases / (2 * np.pi) * self.period % self.period
         scaled = self.mean + 2 * self.deviation * phases
         return 10**scaled if self.scale == "log10" else scaled
+
+    def beyond(self, values: np.ndarray) -> np.ndarray:
+        """Whether values are outside the range of training, by more than chance; of angles, more than a whole turn."""
+        if self.scale == "angle":
+            return np.abs(values) > 1.001 * _PERIODS.get(self.unit.lower(), 2 * math.pi)
+        low, high = self.phase(np.array([self.low, self.high]))
+        margin = _MARGIN * (high - low)
+        phases = self.phase(values)
+        return ~((low - margin <= phases) & (phases <= high + margin))  # what has no logarithm is beyond
 
     def __str__(self) -> str:
         unit = f" {self.unit}" if self.unit else ""
@@ -201,6 +214,15 @@ def converted(name: str, column: Column, unit: str) -> np.ndarray:
         raise InputError(f"parameter {name}: is in {own}, and in {unit} elsewhere", 2) from None
 
 
+def warn_of_others(parameters: Sequence[Parameter], columns: Mapping[str, np.ndarray], of: str | Path) -> None:
+    """Warns where a folder's values are not those that a network was trained on, as when their unit is another one."""
+    for parameter in parameters:
+        values = columns[parameter.name]
+        values = values[np.isfinite(values)]
+        if len(values) and (share := parameter.beyond(values).mean()) > _FEW:
+            warnings.warn(f"{of}: {share:.0%} of its values are outside what is known of {parameter}", stacklevel=3)
+
+
 def phases(parameters: Sequence[Parameter], columns: Mapping[str, np.ndarray]) -> Tensor:
     """Values (n,) of parameters by name as (n, parameters) float32, as a network sees them; NaN where unknown."""
     return torch.from_numpy(np.stack([of.phase(columns[of.name]) for of in parameters], 1).astype(np.float32))
@@ -250,8 +272,8 @@ def asked(
         raise InputError(f"parameters {given!r}: values by name, as {{'source_x': 0.1}}")
     for key, values in (given or {}).items():
         if key not in columns:
-            known = "; ".join(map(str, parameters)) or "it was trained without any"
-            raise InputError(f"no parameter {key!r}: {known}")
+            near = sorted(parameters, key=lambda of: -SequenceMatcher(None, of.name, str(key)).ratio())
+            raise InputError(f"no parameter {key!r}: {_some(near, '; ') if near else 'it was trained without any'}")
         parameter = next(of for of in parameters if of.name == key)
         try:
             if hasattr(values, "to_value"):  # with a unit of astropy's
@@ -261,7 +283,8 @@ def asked(
             values = np.ma.filled(np.ma.asarray(values).astype(np.float64), np.nan)
             columns[key][:] = values
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise InputError(f"parameter {key}: neither a number nor {count} of them, one for each image") from None
+            several = f"{count} of them, one for each image (num_samples)"
+            raise InputError(f"parameter {key}: neither a number nor {several}") from None
         impossible = ~(np.abs(parameter.phase(values)) <= _LARGEST) & ~np.isnan(values)
         if impossible.any():
             raise InputError(f"parameter {key}: {values[impossible].flat[0]:g} cannot be; it is {parameter}")
@@ -310,13 +333,9 @@ def _warn_outside(parameter: Parameter, values: np.ndarray, name: str) -> None:
     asked_for = values[np.isfinite(values)]
     if len(asked_for) and name not in parameter.classes:
         warnings.warn(f"{parameter.name}: no image of {name} that this was trained on has it", stacklevel=4)
-    elif parameter.scale != "angle" and len(asked_for):
-        found, (low, high) = parameter.phase(asked_for), parameter.phase(np.array([parameter.low, parameter.high]))
-        beyond = np.maximum(low - found, found - high)
-        if beyond.max() <= _MARGIN * (high - low):
-            return
-        worst = asked_for[beyond.argmax()]
-        warnings.warn(f"{worst:g} is outside what this was trained on: {parameter}", stacklevel=4)
+    elif (beyond := parameter.beyond(asked_for)).any():
+        far = np.abs(parameter.phase(asked_for)) * beyond
+        warnings.warn(f"{asked_for[far.argmax()]:g} is outside what this was trained on: {parameter}", stacklevel=4)
 
 
 def _folders_of(file: str) -> list[str]:
@@ -358,16 +377,23 @@ def _read_table(
     alone: dict[str, int] = {}
     for file, i in here.items():  # by its name alone, where that is the only one
         short = file.rsplit("/", 1)[-1]
-        alone[short] = -1 if short in alone else i
+        alone[short] = _SEVERAL if short in alone else i
     stacks = {f"{match[1]}/{match[2]}.npy": i for file, i in here.items() if (match := _OF_STACK.fullmatch(file))}
     known = alone | stacks | here
-    rows = np.array([known.get(name, -1) for name in names], np.int64)
-    if not (rows >= 0).any():
+    rows = np.array([known.get(name, _NOWHERE) for name in names], np.int64)
+    problem = ""
+    if (rows == _SEVERAL).any():
+        first = names[(rows == _SEVERAL).argmax()]
+        problem = f"{path}: several files are called {first}: name folders, too, as in {min(here)}"
+    elif not (rows >= 0).any():
         first = f"it begins with {names[0]}, the folder with {min(here)}" if names else "it is empty"
         problem = f"{path}: no row is of a file in its folder: {first}"
-        if not lenient:
-            raise InputError(problem)
-        print(problem)
+    if problem and not lenient:
+        raise InputError(problem)
+    if elsewhere := (rows < 0).sum():
+        first = names[(rows < 0).argmax()]
+        print(problem or f"{path}: {elsewhere:,} of its {len(rows):,} rows are of no image here, the first of {first}")
+    if not (rows >= 0).any():
         return {}
     own = rows[rows >= 0]
     if twice := np.flatnonzero(np.bincount(own) > 1).tolist():
@@ -389,8 +415,11 @@ def _read_csv(path: Path) -> Any:
     head = text.lstrip().partition("\n")[0]
     delimiter = max(",;\t", key=head.count)
     cases = {case(missing) for missing in _MISSING for case in (str.lower, str.upper, str.capitalize)} | {"NaN"}
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    commas = io.StringIO()  # astropy takes several tabs for one
+    csv.writer(commas).writerows(rows)
     fill = [(missing, "0") for missing in cases]  # the cell is masked, whatever it is filled with
-    return text_tables.read(text.splitlines(), format="csv", delimiter=delimiter, fill_values=fill)
+    return text_tables.read(commas.getvalue().splitlines(), format="csv", fill_values=fill)
 
 
 def _names_in(table: Any, path: Path) -> list[str]:
@@ -414,10 +443,10 @@ def _check_numbers(table: Any, path: Path, wanted: Sequence[str]) -> None:
     """Raises InputError for a column of a wanted name that holds anything but numbers, with the first such cell."""
     for key in table.colnames:
         if _name_and_unit(key)[0] in wanted and table[key].dtype.kind not in "iufb":
-            for row, cell in enumerate(map(str, table[key])):
+            for row, cell in enumerate(table[key].tolist()):
                 try:
-                    float(cell)
-                except ValueError:
+                    float("nan" if cell is None else cell)
+                except (TypeError, ValueError):
                     raise InputError(f"{path}: {key} of row {row + 1} is {cell!r}, which is no number", 2) from None
 
 
@@ -460,11 +489,11 @@ def _read_headers(root: Path, files: Sequence[str], names: Sequence[str]) -> dic
     units: dict[str, str] = {}
     for i, file in enumerate(tqdm(files, "reading headers", unit="file", leave=False, delay=1)):
         for name, (value, unit) in read_keywords(root / file, names).items():
-            found.setdefault(name, np.full(len(files), np.nan))[i] = value
-            if units.setdefault(name, unit) != unit:
-                raise InputError(f"{root / file}: {name} is in {unit!r}, and in {units[name]!r} in other files", 2)
+            units[name] = units.get(name) or unit
+            column = found.setdefault(name, np.full(len(files), np.nan))
+            column[i] = converted(name, Column(value, unit), units[name])
     return {name: Column(values, units[name]) for name, values in found.items()}
 
 
-def _some(names: list[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _some(names: Sequence[Any], between: str = ", ", most: int = 12) -> str:
+    return between.join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

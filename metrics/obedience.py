@@ -45,7 +45,8 @@ def obedience(
 
     Returns:
         "emulation", by class: RMS over peak of the difference to the very lens that was asked for, with all that is
-        known of it ("given") and with its class alone ("class"), and that of what two telescopes' noise does to it;
+        known of it ("given"), with the parameters alone that every class has ("common"), such as the source, and with
+        its class alone ("class"), and that of what two telescopes' noise does to it;
         "recovery", by parameter: R^2 and more of generated and real images; "conditionals", by free parameter: W1
         between what is read off generated images of some known parameters and off real ones, in standard deviations,
         beside that of real images against each other; "order", by parameter: rank correlation of asked and read values
@@ -59,11 +60,15 @@ def obedience(
     def draw(labels: Tensor, phases: Tensor | None, first: int = 0) -> Tensor:
         return model.scaling.undo(model.generate(labels, sampler, seed, batch_size, first, phases))
 
-    given, free = draw(labels, asked), draw(labels, None, len(labels))
+    drawn = {"given": draw(labels, asked), "class": draw(labels, None, len(labels))}
+    of_some = torch.tensor([not {*of.classes} >= {*model.classes} for of in model.lens_parameters])
+    if of_some.any() and not of_some.all():
+        drawn["common"] = draw(labels, asked.masked_fill(of_some, math.nan), 2 * len(labels))
     faintest, brightest = real.amin((1, 2, 3), keepdim=True), real.amax((1, 2, 3), keepdim=True)
-    given, free, real = ((images - faintest) / (brightest - faintest) for images in (given, free, real))
-    errors = _rms(given - real)
-    found = {"emulation": _emulation(test, index, errors, _rms(free - real)), "errors": {}}
+    real, *some = ((images - faintest) / (brightest - faintest) for images in (real, *drawn.values()))
+    drawn = dict(zip(drawn, some, strict=True))
+    given, errors = drawn["given"], _rms(drawn["given"] - real)
+    found = {"emulation": _emulation(test, index, {name: _rms(of - real) for name, of in drawn.items()}), "errors": {}}
     for label, name in enumerate(test.classes):
         found["errors"][name] = errors[labels == label].numpy()
     worst = errors.argsort(descending=True)[:WORST]
@@ -73,13 +78,15 @@ def obedience(
         of_given, of_real = (Recovery.between(regressor, known, images) for images in (given, real))
         found["recovery"] = {"generated": of_given.table(), "real": of_real.table()}
         found["panels"] = {"generated": of_given.panels(), "real": of_real.panels()}
-        found["conditionals"] = _conditionals(model, regressor, labels, asked, real, draw)
+        found["conditionals"] = (
+            _conditionals(model, regressor, labels, real, drawn["common"]) if "common" in drawn else {}
+        )
         found["order"] = _order(model, regressor, labels, asked, draw)
     return found
 
 
-def _emulation(test: NpyDataset, index: Tensor, errors: Tensor, of_class: Tensor) -> dict[str, Any]:
-    """Errors by class, beside those of a lens of the same class and the noise of telescopes."""
+def _emulation(test: NpyDataset, index: Tensor, errors: dict[str, Tensor]) -> dict[str, Any]:
+    """Errors by class, of lenses of which more or less is given, beside the noise of telescopes."""
     noises = {}
     for instrument in INSTRUMENTS if recipe_behind(test) else ():  # else nobody knows how bright they are
         with suppress(InputError):  # of images that have noise
@@ -89,20 +96,16 @@ def _emulation(test: NpyDataset, index: Tensor, errors: Tensor, of_class: Tensor
     found, labels = {}, test.labels[index]
     for label, name in enumerate(test.classes):
         here = labels == label
-        found[name] = {"given": _root_mean_square(errors[here]), "class": _root_mean_square(of_class[here])}
-        found[name] |= {"median": errors[here].median().item(), "worst": errors[here].max().item()}
+        found[name] = {key: _root_mean_square(of[here]) for key, of in errors.items()}
+        found[name] |= {"median": errors["given"][here].median().item(), "worst": errors["given"][here].max().item()}
         found[name] |= {instrument: _root_mean_square(noise[here]) for instrument, noise in noises.items()}
     return found
 
 
 def _conditionals(
-    model: Generator, regressor: LensRegressor, labels: Tensor, asked: Tensor, real: Tensor, draw: Callable[..., Tensor]
+    model: Generator, regressor: LensRegressor, labels: Tensor, real: Tensor, images: Tensor
 ) -> dict[str, Any]:
-    """Distances of free parameters when those that every class has are given."""
-    given = torch.tensor([{*of.classes} >= {*model.classes} for of in model.lens_parameters])
-    if given.all() or not given.any():
-        return {}
-    images = draw(labels, asked.masked_fill(~given, math.nan), 2 * len(labels))
+    """Distances of free parameters of ``images`` of which those are given that every class has."""
     generated, real = (regressor.read(some).double().numpy() for some in (images, real))
     found, even = {}, np.arange(len(labels)) % 2 == 0
     for i, of in enumerate(regressor.lens_parameters):

@@ -307,9 +307,11 @@ def _obedience(name: str, found: Obedience) -> str:
 def _obedience_tables(found: Obedience) -> dict[str, list[list[str]]]:
     """Title -> rows of cells, the first of which is the head."""
     emulation = found["emulation"]
-    noises = [key for key in next(iter(emulation.values())) if key not in ("given", "class", "median", "worst")]
-    keys = {"given": "error", "median": "median", "worst": "worst", "class": "by class alone"}
-    keys |= {noise: f"noise of {noise}" for noise in noises}
+    keys = {"given": "error", "median": "median", "worst": "worst"}
+    keys |= {"common": "by what every class has", "class": "by class alone"}
+    there = next(iter(emulation.values()))
+    keys = {key: title for key, title in keys.items() if key in there}
+    keys |= {noise: f"noise of {noise}" for noise in there if noise not in keys}
     tables = {
         "Emulation, RMS over peak": [
             ["RMS over peak", *keys.values()],

@@ -101,6 +101,7 @@ def test_a_generator_that_draws_the_very_lens_makes_no_error(drawn):
     found = obedience(Drawer(), Reader(), drawn, 100, 0, 128)
     assert all(row["given"] < 1e-6 and row["worst"] < 1e-6 for row in found["emulation"].values())
     assert all(row["class"] > 0.05 for row in found["emulation"].values())
+    assert found["emulation"]["a"]["common"] < 1e-6 and found["emulation"]["b"]["common"] > 0.03  # has angle and mass
     for of in ("generated", "real"):
         table = found["recovery"][of]
         assert [(name, row["count"]) for name, row in table.items()] == [("x", 200), ("angle", 100), ("mass", 100)]

@@ -146,20 +146,57 @@ def test_a_table_of_other_images_is_said_and_left_out_where_nothing_is_trained(t
     assert "no row is of a file in its folder: it begins with 70" in capsys.readouterr().out
 
 
-def test_headers_of_different_units_are_one_line(tmp_path):
-    (tmp_path / "a").mkdir()
-    for k, unit in enumerate(("deg", "rad")):
+def write_headers(root, *cards):
+    """A FITS file a/k.fits for each card of PHI, which is a value, or one with its comment."""
+    (root / "a").mkdir()
+    for k, card in enumerate(cards):
         header = fits.Header()
-        header["PHI"] = (1.0, f"[{unit}] angle")
-        fits.PrimaryHDU(np.random.default_rng(k).random((16, 16)), header).writeto(tmp_path / "a" / f"{k}.fits")
-    with pytest.raises(InputError, match="PHI is in 'rad', and in 'deg' in other files"):
+        header["PHI"] = card
+        fits.PrimaryHDU(np.random.default_rng(k).random((16, 16)), header).writeto(root / "a" / f"{k}.fits")
+
+
+def test_headers_have_units_of_their_own(tmp_path):
+    write_headers(tmp_path, 1.0, (180.0, "[deg] angle"), (1.0, "[rad] angle"), 90, True, "north")
+    columns = NpyDataset(tmp_path).columns(["PHI"])
+    assert columns["PHI"].unit == "deg"
+    np.testing.assert_allclose(columns["PHI"].values, [1, 180, 180 / np.pi, 90, np.nan, np.nan])
+
+
+def test_headers_of_other_things_are_one_line(tmp_path):
+    write_headers(tmp_path, (1.0, "[kg] mass"), (1.0, "[arcsec] angle"))
+    with pytest.raises(InputError, match="PHI: is in arcsec, and in kg elsewhere"):
         NpyDataset(tmp_path).columns(["PHI"])
 
 
-def test_a_name_that_two_files_share_is_of_neither(tmp_path):
+def test_a_name_that_two_files_share_is_one_line(tmp_path, capsys):
     write_images(tmp_path, ["a/0.npy", "b/0.npy", "b/1.npy"])
     (tmp_path / "parameters.csv").write_text("file,z\n0.npy,1\n1.npy,2\n")
-    same(values_of(tmp_path, "z"), {"a/0.npy": [np.nan], "b/0.npy": [np.nan], "b/1.npy": [2.0]})
+    fault = "several files are called 0.npy: name folders, too, as in a/0.npy"
+    with pytest.raises(InputError, match=fault):
+        NpyDataset(tmp_path).columns(["z"])
+    found = NpyDataset(tmp_path).columns(["z"], lenient=True)["z"].values
+    np.testing.assert_equal(found, [np.nan, np.nan, 2.0])
+    assert fault in capsys.readouterr().out
+
+
+def test_rows_of_no_image_are_counted(tmp_path, capsys):
+    write_images(tmp_path, ["a/0.npy", "a/1.npy"])
+    (tmp_path / "parameters.csv").write_text("file,z\na/0.npy,1\na/7.npy,2\na/8.npy,3\n")
+    same(values_of(tmp_path, "z"), {"a/0.npy": [1.0], "a/1.npy": [np.nan]})
+    assert "parameters.csv: 2 of its 3 rows are of no image here, the first of a/7.npy" in capsys.readouterr().out
+    (tmp_path / "parameters.csv").write_text("file,z\na/0.npy,1\na/1.npy,2\n")
+    values_of(tmp_path, "z")
+    assert "rows" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_cells_may_be_empty_whatever_divides_them(delimiter, tmp_path):
+    write_images(tmp_path, ["a/0.npy", "a/1.npy", "a/2.npy", "a/3.npy"])
+    rows = ["file,x,y,z", "a/0.npy,,,3", "a/1.npy,1,,", "a/2.npy, 2 ,-, nan", "a/3.npy,,,"]
+    (tmp_path / "parameters.csv").write_text("\n".join(rows).replace(",", delimiter) + "\n")
+    nan = np.nan
+    expected = {"a/0.npy": [nan, nan, 3], "a/1.npy": [1, nan, nan], "a/2.npy": [2, nan, nan], "a/3.npy": [nan] * 3}
+    same(values_of(tmp_path, "x", "y", "z"), expected)
 
 
 def test_tables_may_stand_in_folders_of_splits_and_classes_and_beside(tmp_path):
@@ -225,6 +262,7 @@ def test_a_table_fills_what_pickled_files_leave_open(tmp_path):
         ("file,z\na/0.npy,1\n", "no parameter mass of its images; there are z"),
         ("file,mass\nx.npy,1\n", "no row is of a file in its folder: it begins with x.npy, the folder with a/0.npy"),
         ("file,mass\n", "no row is of a file in its folder: it is empty"),
+        ("file,mass\na/0.npy,\na/1.npy,abc\n", "mass of row 2 is 'abc', which is no number"),
         ("file,mass\na/0.npy,1\na/1.npy,unknown\n", "mass of row 2 is 'unknown', which is no number"),
         ('file;mass\na/0.npy;"0,5"\na/1.npy;NULL\n', "mass of row 1 is '0,5', which is no number"),
         ("file,mass\na/0.npy,1\na/1.npy,2\na/1.npy,3\n", "several rows of a/1.npy, of which only one can be right"),
@@ -337,9 +375,9 @@ KNOWN = [
 def test_what_is_asked_for_is_a_number_or_one_for_each_image():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = asked(KNOWN, {"x": 0.5, "mass": [1e-23, 1e-22], "angle": 100.0}, 2, "a")
+        found = asked(KNOWN, {"x": 0.5, "mass": [1e-23, 1e-22], "angle": 6.5 - 4 * np.pi}, 2, "a")
         assert asked(KNOWN, {"x": 1.0001}, 1, "a")["x"].tolist() == [1.0001]  # as near to the range as chance is
-    np.testing.assert_allclose([*found.values()], [[0.5, 0.5], [1e-23, 1e-22], [100, 100]])
+    np.testing.assert_allclose([*found.values()], [[0.5, 0.5], [1e-23, 1e-22], [6.5 - 4 * np.pi] * 2])
     assert np.isnan([*asked(KNOWN, None, 3, "a").values()]).all()
     assert phases(KNOWN, found).shape == (2, 3)
 
@@ -384,9 +422,36 @@ def test_what_is_asked_for_may_have_units_or_be_masked_and_large(recwarn):
     [
         ({"x": [0.0, 1.5]}, "a", "1.5 is outside what this was trained on: x, -1 to 1 arcsec"),
         ({"mass": 1e-20}, "a", "1e-20 is outside what this was trained on: mass, 1e-24 to 1e-22 eV"),
+        ({"angle": [1.0, 90.0]}, "a", "90 is outside what this was trained on: angle, 0 to 6.3 rad"),
+        ({"angle": -7.0}, "a", "-7 is outside"),
         ({"x": 0.0}, "b", "x: no image of b that this was trained on has it"),
     ],
 )
 def test_what_training_did_not_see_is_a_warning(given, name, warning):
     with pytest.warns(UserWarning, match=warning):
         asked(KNOWN, given, 2, name)
+
+
+def test_a_folder_in_other_units_is_a_warning(tmp_path):
+    write_images(tmp_path, [f"a/{i}.npy" for i in range(40)])
+
+    def warned(x, mass, angle):
+        rows = [f"a/{i}.npy,{x(i / 40)},{mass(i / 40)},{angle(i / 40)}" for i in range(40)]
+        (tmp_path / "parameters.csv").write_text("\n".join(["file,x,mass,angle", *rows]))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            NpyDataset(tmp_path).phases(KNOWN)
+        return [str(of.message).removeprefix(f"{tmp_path}: ") for of in found]
+
+    def mass(u):
+        return 10 ** (-24 + 2 * u)
+
+    assert warned(lambda u: 2 * u - 1, mass, lambda u: 6 * u) == []
+    assert warned(lambda u: "" if u else 5, mass, lambda u: 6 * u)[0].startswith(
+        "100% of its values are outside what is"
+    )
+    assert warned(lambda u: 2 * u - 1 + 3 * (u == 0), mass, lambda u: "") == []  # one of 40
+    found = warned(lambda u: 1000 * (2 * u - 1), lambda u: -24 + 2 * u, lambda u: 359 * u)
+    ends = ["98% of its values are outside what is known of x, -1 to 1 arcsec"]
+    ends += ["100% of its values are outside what is known of mass, 1e-24 to 1e-22 eV"]
+    assert found == [*ends, "98% of its values are outside what is known of angle, 0 to 6.3 rad"]
