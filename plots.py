@@ -4,7 +4,7 @@ import csv
 import gc
 import io
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,15 @@ own_style = style.context("default")  # decorates what draws: a matplotlibrc mus
 
 
 @own_style
-def image_grid(rows: dict[str, np.ndarray], title: str = "", signed: Collection[str] = ()) -> Figure:
+def image_grid(
+    rows: dict[str, np.ndarray], title: str = "", signed: Collection[str] = (), captions: Sequence[str] = ()
+) -> Figure:
     """Rows of lens images, each with its name to the left.
 
     Args:
         rows: name of each row and its images, (n, h, w) or (n, c, h, w) in [0, 1]; see ``stretched``.
         signed: names of rows that hold differences of images; they are shown from -0.05 to 0.05.
+        captions: of the columns.
     """
     columns = max(len(images) for images in rows.values())
     figure = Figure(figsize=(1.2 * columns + 2, 1.25 * len(rows) + 0.3), layout="constrained")
@@ -35,6 +38,8 @@ def image_grid(rows: dict[str, np.ndarray], title: str = "", signed: Collection[
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.set_frame_on(False)
+    for axis, caption in zip(axes[0], captions, strict=False):
+        axis.set_title(_literal(caption), fontsize="small")
     for axes_of_row, (name, images) in zip(axes, rows.items(), strict=True):
         axes_of_row[0].set_ylabel(_literal(name), rotation=0, ha="right", va="center")
         shown = {"cmap": "inferno", "vmin": 0, "vmax": 1}

@@ -50,7 +50,7 @@ def obedience(
         "recovery", by parameter: R^2 and more of generated and real images; "conditionals", by free parameter: W1
         between what is read off generated images of some known parameters and off real ones, in standard deviations,
         beside that of real images against each other; "order", by parameter: rank correlation of asked and read values
-        as that parameter alone is swept; and what is drawn: "panels", "worst" images and "errors".
+        as that parameter alone is swept; and what is drawn: "panels", "worst" images with "captions", and "errors".
     """
     index = some_of_each_class(test.labels, count, seed)
     labels, asked = test.labels[index], test.phases(model.lens_parameters, lenient=True)[index]
@@ -73,6 +73,7 @@ def obedience(
         found["errors"][name] = errors[labels == label].numpy()
     worst = errors.argsort(descending=True)[:WORST]
     found["worst"] = {"asked for": real[worst], "generated": given[worst], "difference, ±0.05": (given - real)[worst]}
+    found["captions"] = [f"{test.classes[labels[i]]}, {errors[i]:.1%}" for i in worst]
     if regressor:
         known = test.phases(regressor.lens_parameters, lenient=True)[index]
         of_given, of_real = (Recovery.between(regressor, known, images) for images in (given, real))

@@ -296,7 +296,7 @@ def _obedience(name: str, found: Obedience) -> str:
     figures = [plots.histograms(errors, "error (RMS over peak)")]
     figures += [plots.recovery(found["panels"])] if found.get("panels", {}).get("real") else []
     worst = {title: images.numpy() for title, images in found["worst"].items()}
-    figures.append(plots.image_grid(worst, "the worst of all", signed=["difference, ±0.05"]))
+    figures.append(plots.image_grid(worst, "the worst of all", ["difference, ±0.05"], found["captions"]))
     text = (
         "Test images drawn anew from their class and parameters. The error is that of every pixel against the test "
         "image itself; values are those that a regressor reads off generated and off real images."
