@@ -381,28 +381,30 @@ def _read_table(
     stacks = {f"{match[1]}/{match[2]}.npy": i for file, i in here.items() if (match := _OF_STACK.fullmatch(file))}
     known = alone | stacks | here
     rows = np.array([known.get(name, _NOWHERE) for name in names], np.int64)
-    problem = ""
+    there, problem, remark = rows >= 0, "", ""
     if (rows == _SEVERAL).any():
         first = names[(rows == _SEVERAL).argmax()]
         problem = f"{path}: several files are called {first}: name folders, too, as in {min(here)}"
-    elif not (rows >= 0).any():
+    elif not there.any():
         first = f"it begins with {names[0]}, the folder with {min(here)}" if names else "it is empty"
         problem = f"{path}: no row is of a file in its folder: {first}"
+    elif not there.all():
+        first = names[there.argmin()]
+        remark = f"{path}: {(~there).sum():,} of its {len(rows):,} rows are of no image here, the first of {first}"
     if problem and not lenient:
         raise InputError(problem)
-    if elsewhere := (rows < 0).sum():
-        first = names[(rows < 0).argmax()]
-        print(problem or f"{path}: {elsewhere:,} of its {len(rows):,} rows are of no image here, the first of {first}")
-    if not (rows >= 0).any():
+    if problem or remark:
+        print(problem or remark)
+    if not there.any():
         return {}
-    own = rows[rows >= 0]
+    own = rows[there]
     if twice := np.flatnonzero(np.bincount(own) > 1).tolist():
         raise InputError(f"{path}: has several rows of {files[twice[0]]}, of which only one can be right")
     _check_numbers(table, path, wanted)
     found = {}
     for name, column in _flat(table, path).items():
         values = np.full(len(files), np.nan)
-        values[own] = column.values[rows >= 0]
+        values[own] = column.values[there]
         found[name] = Column(values, column.unit)
     return found
 

@@ -144,6 +144,9 @@ def test_a_table_of_other_images_is_said_and_left_out_where_nothing_is_trained(t
     (tmp_path / "parameters.csv").write_text("H0,Om0\n70,0.3\n")
     assert np.isnan(NpyDataset(tmp_path).columns(["z"], lenient=True)["z"].values).all()
     assert "no row is of a file in its folder: it begins with 70" in capsys.readouterr().out
+    (tmp_path / "parameters.csv").write_text("file,z\n")
+    assert np.isnan(NpyDataset(tmp_path).columns(["z"], lenient=True)["z"].values).all()
+    assert "no row is of a file in its folder: it is empty" in capsys.readouterr().out
 
 
 def write_headers(root, *cards):
