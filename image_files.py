@@ -144,7 +144,7 @@ def read_keywords(path: str | Path, names: Sequence[str]) -> dict[str, tuple[flo
             for name in names:
                 if isinstance(value := header.get(name), int | float) and not isinstance(value, bool):
                     unit = re.match(r"\[(.*?)\]", header.comments[name])
-                    found[name] = float(header[name]), unit[1] if unit else ""
+                    found[name] = float(value), unit[1] if unit else ""
     return found
 
 

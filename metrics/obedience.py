@@ -65,10 +65,11 @@ def obedience(
     if of_some.any() and not of_some.all():
         drawn["common"] = draw(labels, asked.masked_fill(of_some, math.nan), 2 * len(labels))
     faintest, brightest = real.amin((1, 2, 3), keepdim=True), real.amax((1, 2, 3), keepdim=True)
-    real, *some = ((images - faintest) / (brightest - faintest) for images in (real, *drawn.values()))
-    drawn = dict(zip(drawn, some, strict=True))
-    given, errors = drawn["given"], _rms(drawn["given"] - real)
-    found = {"emulation": _emulation(test, index, {name: _rms(of - real) for name, of in drawn.items()}), "errors": {}}
+    drawn = {name: (images - faintest) / (brightest - faintest) for name, images in drawn.items()}
+    real = (real - faintest) / (brightest - faintest)
+    off = {name: _rms(images - real) for name, images in drawn.items()}
+    given, errors = drawn["given"], off["given"]
+    found = {"emulation": _emulation(test, index, off), "errors": {}}
     for label, name in enumerate(test.classes):
         found["errors"][name] = errors[labels == label].numpy()
     worst = errors.argsort(descending=True)[:WORST]
