@@ -44,7 +44,7 @@ demo-classifier:
 		--output_dir $(TRAINED)/classifier_training_resnet18 2> $(DEMO)/classifier.log || (tail -n 3 $(DEMO)/classifier.log; exit 1)
 
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m long

@@ -1,6 +1,7 @@
 """What several tests share: a small simulated data set, a small trained generator and a small trained classifier."""
 
 import csv
+import gc
 import os
 import runpy
 import shutil
@@ -33,12 +34,37 @@ def save_nothing(figure: object, path: Path) -> None:
         pass
 
 
-@pytest.fixture(scope="session", autouse=True)
-def short_trainings():
-    """The classifiers that show the use of generated images learn next to nothing, but where a test is of them."""
-    from metrics import usefulness
+def learn_little() -> int:
+    """Networks that only score images learn next to nothing from now on; returns the steps of a C2ST until now."""
+    from metrics import two_sample, usefulness
 
+    as_shipped, two_sample._STEPS = two_sample._STEPS, 5
     usefulness._STEPS, usefulness.SEEDS = 2, 2
+    return as_shipped
+
+
+@pytest.fixture(scope="session", autouse=True)
+def steps_as_shipped():
+    """Of a C2ST, which has fewer in these tests. Nor do they wait until a file is on the disk: none has to last."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield learn_little()
+
+
+@pytest.fixture
+def full_c2st(steps_as_shipped, monkeypatch):
+    """For tests of what a C2ST finds."""
+    monkeypatch.setattr("metrics.two_sample._STEPS", steps_as_shipped)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector, which ``plots.save`` calls, need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

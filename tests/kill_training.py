@@ -108,6 +108,7 @@ def forkserver() -> multiprocessing.context.BaseContext:
 
 def train(module: str, flags: list[str], slow_disk: bool = False) -> None:
     """What the killed process does."""
+    gc.freeze()  # the collector, which ``plots.save`` calls, need not look at what is imported
     if slow_disk:
         fsync = os.fsync
         os.fsync = lambda descriptor: (time.sleep(0.05), fsync(descriptor))

@@ -227,7 +227,8 @@ def test_spots_appear_where_they_are_asked_for(size, spots, tmp_path, undrawn):
     """From one training, all given, some given, and none: as in the data."""
     flags = [*TRAINING[size], "--model_size", size, "--parameters", "place_x,place_y", "--num_ode_steps", 8]
     flags += ["--batch_size", 16, "--learning_rate", 3e-3, "--epochs", 60, "--ema_beta", 0.99]
-    flags += ["--sample_interval", 1000, "--data_dir", spots, "--output_dir", tmp_path / "run"]
+    flags += ["--sample_interval", 60, "--checkpoint_save_interval", 60, "--data_dir", spots]
+    flags += ["--output_dir", tmp_path / "run"]
     run_script("train/train_diffusion.py", *flags)
     model = load_model(tmp_path / "run" / "dit_conditional_ckpts" / "dit_conditional_final.pt", "cpu")
     assert [(of.name, of.unit, of.scale, of.classes) for of in model.lens_parameters] == [

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_TRAINING, history_of, run_script, save_nothing
+from conftest import ROOT, TINY_TRAINING, history_of, learn_little, run_script, save_nothing
 from kill_training import forkserver
 
 import distributed
@@ -82,13 +82,13 @@ def run_and_listen(script: str, flags: list) -> tuple[list[float], str, set[str]
 
 
 def run_quietly(script: str, flags: list) -> str:
-    """Runs a script, but for its pictures and the long training of the C2ST, and returns what it printed."""
+    """Runs a script, but for its pictures and its long trainings, and returns what it printed."""
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as out:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("plots.save", save_nothing)
             if "evaluate" in script:
                 patch.setattr("metrics.report.write_html", lambda *args: None)
-                patch.setattr("metrics.two_sample._STEPS", 5)
+                learn_little()
             run_script(script, *flags)
         out.flush()
     return out.buffer.getvalue().decode()

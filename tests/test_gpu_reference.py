@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, learn_little
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,6 +15,7 @@ import files
 import settings
 from dataset import NpyDataset
 from evaluate import gpu_reference
+from metrics import background
 from models import flow
 from models.generator import build_untrained, load_model
 from simulate.recipes import MODEL_II
@@ -35,6 +36,12 @@ def tiny_runs(minutes):
     return {"s8": (minutes, small), "b2": (minutes, large)}
 
 
+def begin_soon(threads, begin=background._begin):
+    """The first that a scoring process does."""
+    learn_little()
+    begin(threads)
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """Sets the constants of the script for seconds of a tiny network on a CPU, and others where they are given."""
@@ -46,6 +53,7 @@ def tiny(monkeypatch, tmp_path):
         constants["CLASSIFIER_PATH"] = str(ROOT / "weights/resnet18_lens.safetensors")
         for name, value in constants.items():
             monkeypatch.setattr(gpu_reference, name, value)
+        monkeypatch.setattr(background, "_begin", begin_soon)
         return tmp_path
 
     yield prepare

@@ -367,7 +367,6 @@ def test_other_checkpoints_are_no_regressors(checkpoint, classifier):
 
 
 def test_the_report_tells_whether_a_generator_obeys(lens_data, regressor, classifier, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("metrics.two_sample._STEPS", 2)
     monkeypatch.setattr("models.regressor._FEWEST", 3)
     size = ["--patch_size", 16, "--latent_dim", 24, "--model_depth", 1, "--epochs", 1, "--num_ode_steps", 2]
     flags = ["--recipe", "first_look", *size, "--parameters", "source_x,axion_mass", "--data_dir", lens_data]

@@ -40,7 +40,7 @@ def scored(many_lenses, tmp_path_factory):
     reference = Reference(test, train, COUNT, classifier)
     folders = check_metrics.write_broken(folder, train, val, COUNT, seed=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(two_sample, "_STEPS", 80)  # what is broken here is told apart after fewer steps than usual
+        patch.setattr(two_sample, "_STEPS", 40)  # what is broken here is told apart after fewer steps than usual
         return {name: reference.score(name, NpyDataset(path), SPLITS, seed=0) for name, path in folders.items()}
 
 
@@ -212,7 +212,6 @@ def write_images(folder, classes, shape, train=4, test=7):
 )
 def test_other_classes_sizes_and_channels_are_scored_and_reported(classes, shape, tmp_path, monkeypatch, capsys):
     """No recipe is known for these: lengths are in pixels, and nothing is said of the lens equation."""
-    monkeypatch.setattr(two_sample, "_STEPS", 3)
     train = NpyDataset(write_images(tmp_path / "data", classes, shape), None, "train")
     test = train.part("test")
     torch.manual_seed(0)

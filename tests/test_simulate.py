@@ -214,6 +214,7 @@ def simulated(name: str, count: int, convention: str = "luminosity") -> np.ndarr
 
 
 @pytest.mark.skipif("LENS_REFERENCE" not in os.environ, reason="LENS_REFERENCE, an .npz of published images, not set")
+@pytest.mark.usefixtures("full_c2st")
 @pytest.mark.parametrize("name", ["axion", "cdm", "no_sub"])
 def test_simulated_images_cannot_be_told_from_published_ones(name):
     published = np.load(os.environ["LENS_REFERENCE"])[name][:1000]
@@ -222,6 +223,7 @@ def test_simulated_images_cannot_be_told_from_published_ones(name):
     assert share <= 0.55
 
 
+@pytest.mark.usefixtures("full_c2st")
 def test_the_textbook_einstein_radius_is_told_apart_at_once():
     """What the test above can find: the same network knows images made with the other convention."""
     assert share_told_apart(simulated("no_sub", 150), simulated("no_sub", 150, "angular_diameter")) > 0.95

@@ -6,6 +6,8 @@ import torch
 from metrics.distances import wilson_interval
 from metrics.two_sample import c2st
 
+pytestmark = pytest.mark.usefixtures("full_c2st")
+
 
 def blobs(n, seed, noise=0.05, size=64, channels=1):
     """Images of a round blob at a random place, with noise."""

@@ -109,7 +109,6 @@ def test_any_kind_of_data_is_no_edit(kind, tmp_path, undrawn, monkeypatch, capsy
     classes, shape, write, flags = KINDS[kind]
     data, run = tmp_path / "data", tmp_path / "run"
     write(data, images_of(classes, shape))
-    monkeypatch.setattr("metrics.two_sample._STEPS", 5)
     monkeypatch.setattr("metrics.report.write_html", lambda *args: None)
     for size in ("NanoDiT-S/16", "ComponentMLP-512"):
         monkeypatch.setitem(SIZES, size, SIZES[size] | {"hidden_size": 24, "depth": 1})
@@ -210,7 +209,6 @@ def test_flux_is_compared_where_it_is_kept(tmp_path, undrawn, monkeypatch, capsy
     images = images_of(("a", "b"), (1, 24, 24))
     class_folders(tmp_path / "data", images)
     class_folders(tmp_path / "brighter", {name: 5 * of + 1000 for name, of in images.items()})
-    monkeypatch.setattr("metrics.two_sample._STEPS", 5)
     monkeypatch.setattr("metrics.report.write_html", lambda *args: None)
     monkeypatch.setattr("metrics.score.check_match", lambda *args: None)
     flags = ["--data_dir", tmp_path / "data", "--generated_dir", tmp_path / "brighter", "--num_splits", 2]
