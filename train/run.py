@@ -279,8 +279,8 @@ class Run:
             run=self.run,
             script=self.script,
         )
-        for path in self._newest_first():
-            if "_step_" in path.name and path != self.newest and progress(path):
+        for path in self.folder.glob(f"{self.prefix}_step_*.pt"):
+            if path != self.newest and self._is_of_a_run(path.name) and progress(path):
                 path.unlink()
         tqdm.write(f"saved {self.newest}")
 
