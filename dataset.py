@@ -30,7 +30,8 @@ import nanodit_path  # noqa: F401
 from files import save_array, write_arrays
 from image_files import MOST_VALUES, LensImage, Shape, StackError, normalize, other_shape, read_image, read_stack
 from layouts import Source, find_classes, find_sources, list_files, read_labels, why_missing
-from parameters import Column, Parameter, converted, phases, read_columns, warn_of_others
+from parameter_tables import read_columns
+from parameters import Column, Parameter, converted, phases, warn_of_others
 from scaling import Scaling
 from settings import InputError
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from files import contents
 from image_files import KINDS, is_image_file, is_stack, is_table, stem_of
-from parameters import TABLES
+from parameter_tables import TABLES
 from settings import InputError
 
 _SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}  # names of folders
