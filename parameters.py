@@ -94,6 +94,9 @@ class Parameter:
 def fit(specifications: Sequence[str], columns: Mapping[str, Column], of_classes: Sequence[str]) -> list[Parameter]:
     """The parameters of a training set.
 
+    Those of a kind of objects, as subhalo_mass_1 and subhalo_mass_2, have one scale, mean and deviation: a network sees
+    all of these objects alike, so the same phase has to be the same mass.
+
     Args:
         specifications: names, each with its scale behind a colon where it is not to be found out: "source_x:linear",
             "axion_mass:log10", or "vortex_angle:angle/2" for a direction, which is the same after half a turn.
@@ -103,14 +106,20 @@ def fit(specifications: Sequence[str], columns: Mapping[str, Column], of_classes
     Raises:
         InputError: for a scale that does not fit, or a parameter that is nowhere known or the same everywhere.
     """
+    told = list(map(_parse, specifications))
+    alike = {}
+    for (name, scale), (kind, quantity, number) in zip(told, _owners([name for name, _ in told]), strict=True):
+        values, unit = columns[name]
+        alike.setdefault((kind, quantity, scale, unit) if number else name, {})[name] = values[np.isfinite(values)]
+    of_kind = {name: np.concatenate(list(of.values())) for of in alike.values() for name in of}
     found = []
-    for name, scale in map(_parse, specifications):
+    for name, scale in told:
         values, unit = columns[name]
         known = np.isfinite(values)
         some = values[known]
         if not known.any():
             raise InputError(f"parameter {name}: no training image has it", 2)
-        scale = scale or _scale_of(some, unit)
+        scale = scale or _scale_of(of_kind[name], unit)
         period = 0.0
         if scale.startswith("angle"):
             whole = _PERIODS.get(unit.lower(), 2 * math.pi)
@@ -119,7 +128,8 @@ def fit(specifications: Sequence[str], columns: Mapping[str, Column], of_classes
             period, scale = whole / float(scale.partition("/")[2] or 1), "angle"
         if scale == "log10" and some.min() <= 0:
             raise InputError(f"parameter {name}: has a value of {some.min():g}, which has no logarithm", 2)
-        scaled = np.log10(some) if scale == "log10" else some
+        all_alike = of_kind[name]
+        scaled = np.log10(all_alike[all_alike > 0]) if scale == "log10" else all_alike
         mean, deviation = (0.0, 1.0) if scale == "angle" else (float(scaled.mean()), float(scaled.std()))
         if not math.isfinite(deviation):
             raise InputError(f"parameter {name}: its values, up to {some.max():g}, are too large", 2)
@@ -188,12 +198,8 @@ def objects(parameters: Sequence[Parameter], beside_lens: bool = True) -> list[l
     Args:
         beside_lens: False gives each object its own parameters alone, as older generators see them.
     """
-    names = [parameter.name for parameter in parameters]
-    masses = {match[1] for name in names if (match := re.fullmatch(r"(.*)mass_\d+", name))}
     found: dict[tuple[str, ...], dict[str, int]] = {}
-    for i, name in enumerate(names):
-        of_mass = [match for of in masses if (match := re.fullmatch(rf"({re.escape(of)})(.*)_(\d+)", name))]
-        kind, quantity, number = max(of_mass, key=lambda match: len(match[1])).groups() if of_mass else ("", name, "")
+    for i, (kind, quantity, number) in enumerate(_owners([parameter.name for parameter in parameters])):
         found.setdefault((kind, number), {})[quantity] = i
     kinds: dict[tuple[str, ...], list[list[int]]] = {}
     for (kind, number), of_object in found.items():
@@ -262,6 +268,17 @@ def from_plain(content: Any) -> list[Parameter]:
             raise ValueError(f"no parameter: {of}")
     if len(found) > _MOST or len({of.name for of in found}) < len(found):
         raise ValueError("parameters of the same name, or too many")
+    return found
+
+
+def _owners(names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Of each name, the kind of object it is of, what it says of it, and the number of the object; of "subhalo_x_3"
+    these are "subhalo_", "x" and "3", and of "source_x", which is of the lens, "", "source_x" and ""."""
+    masses = {match[1] for name in names if (match := re.fullmatch(r"(.*)mass_\d+", name))}
+    found = []
+    for name in names:
+        of_mass = [match for of in masses if (match := re.fullmatch(rf"({re.escape(of)})(.*)_(\d+)", name))]
+        found.append(max(of_mass, key=lambda match: len(match[1])).groups() if of_mass else ("", name, ""))
     return found
 
 

@@ -322,6 +322,39 @@ def test_scale_and_range_are_found_or_named():
     assert fit(["x"], {"x": Column(np.array([np.nan, 1, 2]))}, ["a", "b", "b"])[0].classes == ("b",)
 
 
+def test_the_same_mass_has_the_same_phase_whichever_subhalo_has_it():
+    """The heaviest one and the next are drawn alike, so the network could not know which of two masses is meant."""
+    random = np.random.default_rng(0)
+    masses = np.sort(10 ** random.uniform(8, 10, (2, 500)), 0)
+    columns = {"halo_mass_1": Column(masses[1], "solMass"), "halo_mass_2": Column(masses[0], "solMass")}
+    columns |= {f"halo_x_{i}": Column(random.normal(i, i, 500), "arcsec") for i in (1, 2)}
+    columns |= {f"gamma_{i}": Column(random.normal(i, i, 500)) for i in (1, 2)}  # of the lens: no two of a kind
+    columns["halo_mass_1"].values[:5] = np.nan
+    found = fit(tuple(columns), columns, ["a"] * 500)
+    known = np.log10(np.concatenate([masses[1][5:], masses[0]]))
+    for of in found[:2]:
+        assert of.scale == "log10"
+        assert (of.mean, of.deviation) == pytest.approx((known.mean(), known.std()))
+    assert found[0].low > found[1].low  # each is warned of by its own range
+    assert found[2].phase(1.5) == found[3].phase(1.5)
+    assert found[4].phase(1.5) != found[5].phase(1.5)
+    assert found[5].mean == pytest.approx(columns["gamma_2"].values.mean())
+    exchanged = {name: Column(*columns[name.translate({49: 50, 50: 49})]) for name in columns}
+    there, back = (phases(found, {name: of.values for name, of in some.items()}) for some in (columns, exchanged))
+    np.testing.assert_allclose(there[:, [0, 2]], back[:, [1, 3]], rtol=1e-6)
+
+
+def test_objects_whose_units_or_scales_differ_are_apart():
+    values = {"halo_mass_1": [1.0, 100.0], "halo_mass_2": [2.0, 50.0], "halo_mass_3": [3.0, 4.0]}
+    columns = {name: Column(np.array(of), "kg" if name.endswith("3") else "") for name, of in values.items()}
+    one, two, three = fit(("halo_mass_1:linear", "halo_mass_2", "halo_mass_3"), columns, ["a", "a"])
+    assert [of.scale for of in (one, two, three)] == ["linear", "linear", "linear"]
+    assert (one.mean, two.mean, three.mean) == (50.5, 26, 3.5)
+    with pytest.raises(InputError, match="parameter halo_mass_2: has a value of 0, which has no logarithm"):
+        columns["halo_mass_2"].values[0] = 0
+        fit(("halo_mass_1:log10", "halo_mass_2:log10"), columns, ["a", "a"])
+
+
 @pytest.mark.parametrize(
     ("specification", "values", "fault"),
     [
