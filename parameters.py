@@ -198,9 +198,7 @@ def objects(parameters: Sequence[Parameter], beside_lens: bool = True) -> list[l
     Args:
         beside_lens: False gives each object its own parameters alone, as older generators see them.
     """
-    found: dict[tuple[str, ...], dict[str, int]] = {}
-    for i, (kind, quantity, number) in enumerate(_owners([parameter.name for parameter in parameters])):
-        found.setdefault((kind, number), {})[quantity] = i
+    found = _by_object(parameters)
     kinds: dict[tuple[str, ...], list[list[int]]] = {}
     for (kind, number), of_object in found.items():
         quantities = sorted(of_object)
@@ -208,6 +206,17 @@ def objects(parameters: Sequence[Parameter], beside_lens: bool = True) -> list[l
         kinds.setdefault(same, []).append([of_object[quantity] for quantity in quantities])
     lens = kinds.get((), [[]])[0] if beside_lens else []
     return [[one + lens if kind else one for one in of_kind] for kind, of_kind in kinds.items()]
+
+
+def placed(parameters: Sequence[Parameter]) -> list[list[int]]:
+    """Objects beside the lens whose place is told, by subhalo_x_1 and subhalo_y_1: for each, the numbers of its
+    parameters, of which those of x and y are the last. Where several kinds have places, those of the largest one."""
+    kinds: dict[tuple[str, ...], list[list[int]]] = {}
+    for (kind, number), of_object in _by_object(parameters).items():
+        if number and {"x", "y"} < of_object.keys():
+            quantities = [*sorted(of_object.keys() - {"x", "y"}), "x", "y"]
+            kinds.setdefault((kind, *quantities), []).append([of_object[quantity] for quantity in quantities])
+    return max(kinds.values(), key=len, default=[])
 
 
 def asked(
@@ -268,6 +277,14 @@ def from_plain(content: Any) -> list[Parameter]:
             raise ValueError(f"no parameter: {of}")
     if len(found) > _MOST or len({of.name for of in found}) < len(found):
         raise ValueError("parameters of the same name, or too many")
+    return found
+
+
+def _by_object(parameters: Sequence[Parameter]) -> dict[tuple[str, str], dict[str, int]]:
+    """For the lens, ("", ""), and each object beside it, (kind, number), the number of each quantity."""
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    for i, (kind, quantity, number) in enumerate(_owners([parameter.name for parameter in parameters])):
+        found.setdefault((kind, number), {})[quantity] = i
     return found
 
 

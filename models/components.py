@@ -5,6 +5,7 @@ network learns the faint directions last. The codec keeps the first principal co
 arXiv:2511.13720, Sec. 4.3, with fixed weights), and flow and network live in their coefficients.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from models.layers import (
     ParameterEmbedder,
     TimestepEmbedder,
     modulate,
+    phase_features,
 )
 from models.noise import NoiseLaw
 
@@ -36,6 +38,8 @@ _NOISE_OF = 4  # pixels to a component of noisy images; more components leave to
 NOISINESS = 3  # coefficients of a noisy image beside those of its components: two noise levels, and its brightest pixel
 _FARTHEST = 5.0  # deviations of these that an image may have: one in a thousand was drawn with 9, and spoiled
 _QUARTER = 4  # the faintest and the brightest part of an image, on average, are so many of all pixels
+_WIDTHS = tuple(0.03 * 2**i for i in range(8))  # of the bells of a deflection at first, in phases of a place
+_NOT_KEPT = ("self", "__class__", "image_shape")  # of a network's arguments
 _LEADING, _OCTAVES = 5, 4  # components that the network also sees as Fourier features, and wavelengths of each
 
 
@@ -262,11 +266,14 @@ class ComponentMLP(ModulatedNetwork):
         depth: number of residual blocks.
         num_classes: number of classes; label ``num_classes`` means no class.
         objects: physical parameters that it can be told, see ``ParameterEmbedder``; none unless given.
+        placed: those of objects that displace light, see ``Displacement``; none unless given.
+        image_shape: of the images, (c, h, w), for ``placed`` alone.
 
     Attributes:
         config: the arguments, by name.
         sample_shape: (components,).
-        standard_deviation: of each coefficient over the training images; fixed, set from the codec.
+        standard_deviation: of each coefficient over the training images; fixed, set by ``adapt_to``.
+        vectors: principal components (pixels, components), likewise; in no checkpoint, since the codec's are.
     """
 
     def __init__(
@@ -278,9 +285,11 @@ class ComponentMLP(ModulatedNetwork):
         num_classes: int = 3,
         timestep_freq_scale: float = 1000.0,
         objects: Sequence[Sequence[Sequence[int]]] = (),
+        placed: Sequence[Sequence[int]] = (),
+        image_shape: Sequence[int] = (),
     ):
         super().__init__()
-        self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__") and v != ()}
+        self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in _NOT_KEPT and v != ()}
         self.sample_shape = (components,)
         self.standard_deviation = nn.Parameter(torch.ones(components), requires_grad=False)
         features = 2 * min(_LEADING, components) * _OCTAVES
@@ -288,15 +297,118 @@ class ComponentMLP(ModulatedNetwork):
         self.t_embedder = TimestepEmbedder(hidden_size, timestep_freq_scale)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.p_embedder = ParameterEmbedder(objects, hidden_size) if objects else None
+        self.displacement = None
+        if placed:
+            self.displacement = Displacement(placed, self.p_embedder.count, image_shape, hidden_size)
+            self.register_buffer("vectors", torch.zeros(math.prod(image_shape), components), persistent=False)
         self.blocks = nn.ModuleList(_Block(hidden_size, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, components)
         self.initialize()
+        if placed:
+            self.displacement.initialize()
+
+    def adapt_to(self, codec: PrincipalComponents) -> None:
+        """Takes from a codec what is fixed."""
+        self.standard_deviation.copy_(codec.standard_deviation)
+        if self.displacement is not None:
+            self.vectors[:, : codec.vectors.shape[1]] = codec.vectors
+
+    def told(self, phases: Tensor) -> Tensor:
+        """Phases (n, parameters) to vectors (n, width), behind which is what objects displace, (n, components)."""
+        vectors = self.p_embedder(phases)
+        if self.displacement is None:
+            return vectors
+        return torch.cat([vectors, self.displacement(phases, self.vectors)], 1)
 
     def apply_modulated(
         self, z: Tensor, t: Tensor, modulations: Sequence[Tensor], known: Tensor | None = None
     ) -> Tensor:
+        displaced = 0.0
+        if self.displacement is not None:  # goes around the blocks, which see and predict the rest
+            known, displaced = known.split([self.x_embedder.out_features, z.shape[1]], 1)
+            z = z - (1 - t)[:, None] * displaced
         x = self.x_embedder(fourier_features(z / flow.deviation(self.standard_deviation, t)))[:, None]
-        return self.through_blocks(x, modulations, known)[:, 0] * self.standard_deviation
+        return self.through_blocks(x, modulations, known)[:, 0] * self.standard_deviation + displaced
+
+
+class Displacement(nn.Module):
+    """What objects beside the lens do to an image by displacing its light: phases (n, parameters) to coefficients
+    (n, components).
+
+    To first order, masses change an image by the deflection of its rays times the gradient of its light (Koopmans 2005,
+    arXiv:astro-ph/0501324). The deflection by an object is a sum of Gaussian bells around its place, whose weights
+    follow from the rest that is known of it; the gradients follow from what is known of the lens. An object of which
+    anything is unknown displaces nothing.
+
+    Args:
+        placed: for each object, the numbers of its parameters, of which those of x and y are the last. x goes along the
+            rows of an image, and y from its first row to its last.
+        count: number of all parameters; those of no object are of the lens.
+        image_shape: (c, h, w).
+        hidden_size: width of the hidden layer that tells the gradients.
+
+    Attributes:
+        scale: phases of x and of y over pixels; at first, images are as wide as eight standard deviations of places.
+        centre: phases of x and of y in the middle of an image.
+    """
+
+    def __init__(self, placed: Sequence[Sequence[int]], count: int, image_shape: Sequence[int], hidden_size: int):
+        super().__init__()
+        self.placed, self.image_shape = placed, tuple(image_shape)
+        self.lens = sorted({*range(count)} - {number for of_object in placed for number in of_object})
+        features = phase_features(torch.zeros(1)).shape[-1]
+        self.weights = nn.Sequential(
+            nn.Linear(features * (len(placed[0]) - 2), 32), nn.GELU(), nn.Linear(32, len(_WIDTHS))
+        )
+        self.gradients = nn.Sequential(
+            nn.Linear(features * len(self.lens), hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, 2 * math.prod(image_shape)),
+        )
+        self.log_widths = nn.Parameter(torch.tensor(_WIDTHS).log())
+        self.scale = nn.Parameter(torch.full((2,), 4 / image_shape[-1]))
+        self.centre = nn.Parameter(torch.zeros(2))
+
+    def initialize(self) -> None:
+        """Deflections that fall as 1/r, as those of a point mass, and no gradients: nothing before training."""
+        for value in (*self.weights[2].parameters(), *self.gradients[2].parameters()):
+            nn.init.zeros_(value)
+        nn.init.constant_(self.weights[2].bias, _WIDTHS[0])
+
+    @torch.compiler.disable  # how many images have objects differs from batch to batch
+    def forward(self, phases: Tensor, vectors: Tensor) -> Tensor:
+        """Phases (n, parameters), NaN where unknown, and principal components (pixels, components)."""
+        objects = phases[:, self.placed]
+        there = objects.isfinite().all(2)
+        some = torch.nonzero(there.any(1))[:, 0]  # images of most classes have no such objects
+        of_lens = phase_features(phases[some][:, self.lens]).flatten(1)
+        along_x, along_y = self.gradients(of_lens).unflatten(1, (2, *self.image_shape)).unbind(1)
+        x, y = self.deflections(objects[some].nan_to_num(), there[some])
+        change = (x[:, None] * along_x + y[:, None] * along_y).flatten(1)
+        unchanged = phases.new_zeros(len(phases), vectors.shape[1])
+        return unchanged.index_copy(0, some, (change @ vectors.to(change.dtype)).float())
+
+    def deflections(self, objects: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """Along x and along y, (n, h, w), by the phases of objects (n, objects, parameters), which are ``there``
+        (n, objects) or not."""
+        widths = self.log_widths.exp()
+        weights = self.weights(phase_features(objects[..., :-2]).flatten(2)) * there[..., None] / widths
+        places = zip(self.scale, self.centre, self.image_shape[:0:-1], objects[..., -2:].unbind(2), strict=True)
+        dx, dy = (
+            (scale * _centred(size, objects.device) + centre - place[..., None])[:, :, None] / widths[:, None]
+            for scale, centre, size, place in places
+        )
+        bell_x, bell_y = (-dx.square() / 2).exp(), (-dy.square() / 2).exp()  # (n, objects, widths, w or h)
+        weights = weights[..., None]
+        return (
+            torch.einsum("nowr,nowc->nrc", bell_y, weights * dx * bell_x),
+            torch.einsum("nowr,nowc->nrc", weights * dy * bell_y, bell_x),
+        )
+
+
+def _centred(size: int, device: torch.device) -> Tensor:
+    """Places of pixels in a row, from its middle."""
+    return torch.arange(size, device=device) - (size - 1) / 2
 
 
 class _Block(nn.Module):

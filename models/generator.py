@@ -24,19 +24,19 @@ from models.checkpoint import generator_weights, load_checkpoint, load_weights
 from models.components import NOISINESS, ComponentMLP, PrincipalComponents, without_attention
 from models.model import NanoDiT
 from models.population import Population
-from parameters import Parameter, as_plain, asked, from_plain, objects, phases
+from parameters import Parameter, as_plain, asked, from_plain, objects, phases, placed
 from scaling import Scaling
 from settings import Count, Guidance, InputError, Interval, Steps, Whole, checked, first_there
 
 
-def _nanodit(image_shape: tuple[int, ...], **config: Any) -> tuple[nn.Module, None]:
+def _nanodit(image_shape: tuple[int, ...], placed: object = None, **config: Any) -> tuple[nn.Module, None]:
     return NanoDiT(**{"in_channels": image_shape[0], "input_size": image_shape[-1]} | config), None
 
 
 def _component_mlp(
     image_shape: tuple[int, ...], noisy: bool = False, keeps_flux: bool = False, **config: Any
 ) -> tuple[nn.Module, nn.Module]:
-    network = ComponentMLP(**config)
+    network = ComponentMLP(image_shape=image_shape, **config)
     return network, PrincipalComponents(image_shape, network.sample_shape[0] - NOISINESS * noisy, noisy, keeps_flux)
 
 
@@ -126,6 +126,8 @@ class Generator(nn.Module):
         description = self.description()
         other = _assemble(*(description[name] for name in _ASSEMBLED), parameters)
         other.network.load_state_dict(self.network.state_dict(), strict=False)
+        if self.codec is not None:
+            other.network.adapt_to(self.codec)
         return self.with_network(other.network, parameters)
 
     @property
@@ -292,7 +294,8 @@ def _assemble(
 ) -> Generator:
     if not are_classes(classes) or not is_image_shape(image_shape):  # a name is also that of a folder to write to
         raise ValueError(f"no classes, or no images: {classes}, {image_shape}")
-    told = {"objects": objects(parameters)} if parameters else {}
+    told = {} if "objects" in config else {"objects": objects(parameters), "placed": placed(parameters)}
+    told = {name: value for name, value in told.items() if value}
     built, codec = NETWORKS[network](image_shape, **{"num_classes": len(classes)} | told | config)
     if built.config["num_classes"] != len(classes):
         raise ValueError(f"a network of {built.config['num_classes']} classes, not of {', '.join(classes)}")
@@ -331,7 +334,8 @@ def build_generator(content: dict[str, Any], path: str | Path) -> Generator:
         if not 0 < config.get("depth", 1) <= len(weights):
             raise ValueError(f"{config['depth']} blocks")
         parameters = from_plain(content["parameters"])
-        if config.get("objects", []) not in (objects(parameters), objects(parameters, beside_lens=False)):
+        told, now = (config.get("objects", []), config.get("placed", [])), objects(parameters)
+        if told not in ((now, placed(parameters)), (now, []), (objects(parameters, beside_lens=False), [])):
             raise ValueError("a network of other parameters")
         given = (*(content[name] for name in _ASSEMBLED), parameters)
         with torch.device("meta"), _WithoutRandom():  # costs nothing, whatever sizes a file asks for
@@ -349,6 +353,8 @@ def build_generator(content: dict[str, Any], path: str | Path) -> Generator:
         raise InputError(f"{path}: its configuration is not that of a generator") from None
     for name, of_part in parts.items():
         load_weights(generator.get_submodule(name), of_part, path)
+    if generator.codec is not None:
+        generator.network.adapt_to(generator.codec)
     return generator
 
 

@@ -33,9 +33,13 @@ class ModulatedNetwork(nn.Module):
         if self.p_embedder is None:
             return labels, None
         if condition.dim() > 1:
-            return labels, self.p_embedder(condition[:, 1:])
+            return labels, self.told(condition[:, 1:])
         unknown = torch.full((1, self.p_embedder.count), math.nan, device=labels.device)
-        return labels, self.p_embedder(unknown).expand(len(labels), -1)
+        return labels, self.told(unknown).expand(len(labels), -1)
+
+    def told(self, phases: Tensor) -> Tensor:
+        """Phases of the parameters (n, parameters), NaN where unknown, as the vector that they are to the network."""
+        return self.p_embedder(phases)
 
     def modulations(self, t: Tensor, labels: Tensor) -> list[Tensor]:
         """AdaLN shift, scale and gate of every block, (m, 6 * width), and of the final layer, (m, 2 * width)."""
@@ -121,12 +125,16 @@ class ParameterEmbedder(nn.Module):
         self.outputs = nn.ModuleList(nn.Linear(2 * hidden_size, hidden_size) for _ in objects)
 
     def forward(self, phases: Tensor) -> Tensor:
-        unknown = phases.isnan()
-        angles = phases.nan_to_num()[..., None] * 2.0 ** torch.arange(self.num_octaves, device=phases.device)
-        waves = torch.cat([angles.sin(), angles.cos()], -1).masked_fill(unknown[..., None], 0)
-        features = torch.cat([waves, unknown[..., None]], -1)
+        features = phase_features(phases, self.num_octaves)
         kinds = zip(self.objects, self.hidden, self.outputs, strict=True)
         return sum(output(F.gelu(hidden(features[:, kind].flatten(2))).sum(1)) for kind, hidden, output in kinds)
+
+
+def phase_features(phases: Tensor, num_octaves: int = 5) -> Tensor:
+    """Sines and cosines of phases (...), and behind them whether these are unknown, (..., 2 * num_octaves + 1)."""
+    unknown = phases.isnan()[..., None]
+    angles = phases.nan_to_num()[..., None] * 2.0 ** torch.arange(num_octaves, device=phases.device)
+    return torch.cat([torch.cat([angles.sin(), angles.cos()], -1).masked_fill(unknown, 0), unknown], -1)
 
 
 class Mlp(nn.Module):

@@ -72,14 +72,13 @@ RECIPES: Recipes = {
     "conditional_mlp": {
         "train_diffusion": _COMPONENTS
         | {
-            "EPOCHS": 330,
+            "EPOCHS": 370,
             "START_PATH": "weights/component_mlp.safetensors",
             "PARAMETERS": _OF_MODEL_II,
             "NUM_ODE_STEPS": 4,
-            "CFG_SCALE": 1.1,
             "TOLERANCE": 0.08,
         },
-        "export_weights": {"HALVED": "codec.vectors", "OUTPUT_PATH": "weights/conditional_mlp.safetensors"},
+        "export_weights": {"HALVED": "*", "OUTPUT_PATH": "weights/conditional_mlp.safetensors"},
     },
     # weights/resnet18_lens.safetensors: 40 minutes on two cores, from 18,000 images
     "resnet18_lens": {

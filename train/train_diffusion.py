@@ -321,7 +321,7 @@ def prepare_generator(images: NpyDataset, before: Generator | None, path: str | 
         generator.scaling = images.scaling
         if codec is not None:
             generator.codec.load_state_dict(codec.state_dict())
-            generator.network.standard_deviation.copy_(codec.standard_deviation)
+            generator.network.adapt_to(codec)
     except ValueError as error:
         raise InputError(f"no such network: {error}", 2) from None
     except TypeError:  # an argument that its class does not have
