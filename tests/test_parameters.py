@@ -350,8 +350,8 @@ def test_objects_whose_units_or_scales_differ_are_apart():
     one, two, three = fit(("halo_mass_1:linear", "halo_mass_2", "halo_mass_3"), columns, ["a", "a"])
     assert [of.scale for of in (one, two, three)] == ["linear", "linear", "linear"]
     assert (one.mean, two.mean, three.mean) == (50.5, 26, 3.5)
+    columns["halo_mass_2"].values[0] = 0
     with pytest.raises(InputError, match="parameter halo_mass_2: has a value of 0, which has no logarithm"):
-        columns["halo_mass_2"].values[0] = 0
         fit(("halo_mass_1:log10", "halo_mass_2:log10"), columns, ["a", "a"])
 
 

@@ -113,6 +113,16 @@ def checkpoints_of(run):
     return {path.name: path for path in (run / "dit_conditional_ckpts").glob("*.pt")}
 
 
+def test_a_save_removes_older_steps_of_the_run_and_nothing_else(train):
+    folder = train(EPOCHS=1) / "dit_conditional_ckpts"
+    for name in ("step_3", "step_3_mine"):
+        shutil.copy(folder / "dit_conditional_final.pt", folder / f"dit_conditional_{name}.pt")
+    (folder / "dit_conditional_step_1.pt").write_bytes(b"damaged, to be looked at")
+    train(EPOCHS=2)
+    steps = sorted(path.name for path in folder.glob("*step*"))
+    assert steps == ["dit_conditional_step_1.pt", "dit_conditional_step_3_mine.pt"]
+
+
 def test_the_newest_checkpoint_is_that_of_most_steps_whatever_the_time_of_the_file(straight, train, tmp_path, capsys):
     """As after cp, rsync or unzip: the oldest has the newest time."""
     train(EPOCHS=3, CHECKPOINT_SAVE_INTERVAL=1)
