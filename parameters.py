@@ -111,8 +111,9 @@ def fit(specifications: Sequence[str], columns: Mapping[str, Column], of_classes
     for (name, scale), (kind, quantity, number) in zip(told, _owners([name for name, _ in told]), strict=True):
         values, unit = columns[name]
         alike.setdefault((kind, quantity, scale, unit) if number else name, {})[name] = values[np.isfinite(values)]
-    of_kind = {name: np.concatenate(list(of.values())) for of in alike.values() for name in of}
-    found = []
+    of_kind, found = {}, []
+    for of in alike.values():
+        of_kind |= dict.fromkeys(of, np.concatenate(list(of.values())))
     for name, scale in told:
         values, unit = columns[name]
         known = np.isfinite(values)
@@ -128,8 +129,8 @@ def fit(specifications: Sequence[str], columns: Mapping[str, Column], of_classes
             period, scale = whole / float(scale.partition("/")[2] or 1), "angle"
         if scale == "log10" and some.min() <= 0:
             raise InputError(f"parameter {name}: has a value of {some.min():g}, which has no logarithm", 2)
-        all_alike = of_kind[name]
-        scaled = np.log10(all_alike[all_alike > 0]) if scale == "log10" else all_alike
+        scaled = of_kind[name]
+        scaled = np.log10(scaled[scaled > 0]) if scale == "log10" else scaled
         mean, deviation = (0.0, 1.0) if scale == "angle" else (float(scaled.mean()), float(scaled.std()))
         if not math.isfinite(deviation):
             raise InputError(f"parameter {name}: its values, up to {some.max():g}, are too large", 2)

@@ -30,6 +30,7 @@ from settings import Count, Guidance, InputError, Interval, Steps, Whole, checke
 
 
 def _nanodit(image_shape: tuple[int, ...], placed: object = None, **config: Any) -> tuple[nn.Module, None]:
+    # Objects with a place are objects like others to it
     return NanoDiT(**{"in_channels": image_shape[0], "input_size": image_shape[-1]} | config), None
 
 
