@@ -336,16 +336,17 @@ class Displacement(nn.Module):
     (n, components).
 
     To first order, masses change an image by the deflection of its rays times the gradient of its light (Koopmans 2005,
-    arXiv:astro-ph/0501324). The deflection by an object is a sum of Gaussian bells around its place, whose weights
-    follow from the rest that is known of it; the gradients follow from what is known of the lens. An object of which
-    anything is unknown displaces nothing.
+    arXiv:astro-ph/0501324); here it is to second order, with the products of deflections times the curvature. The
+    deflection by an object is a sum of Gaussian bells around its place, whose weights follow from the rest that is
+    known of it; gradients and curvatures follow from what is known of the lens. An object of which anything is unknown
+    displaces nothing.
 
     Args:
         placed: for each object, the numbers of its parameters, of which those of x and y are the last. x goes along the
             rows of an image, and y from its first row to its last.
         count: number of all parameters; those of no object are of the lens.
         image_shape: (c, h, w).
-        hidden_size: width of the hidden layer that tells the gradients.
+        hidden_size: width of the hidden layer that tells the gradients; a third of it tells the curvatures.
 
     Attributes:
         scale: phases of x and of y over pixels; at first, images are as wide as eight standard deviations of places.
@@ -357,22 +358,18 @@ class Displacement(nn.Module):
         self.placed, self.image_shape = placed, tuple(image_shape)
         self.lens = sorted({*range(count)} - {number for of_object in placed for number in of_object})
         features = phase_features(torch.zeros(1)).shape[-1]
-        self.weights = nn.Sequential(
-            nn.Linear(features * (len(placed[0]) - 2), 32), nn.GELU(), nn.Linear(32, len(_WIDTHS))
-        )
-        self.gradients = nn.Sequential(
-            nn.Linear(features * len(self.lens), hidden_size),
-            nn.GELU(),
-            nn.Linear(hidden_size, 2 * math.prod(image_shape)),
-        )
+        self.weights = _two_layers(features * (len(placed[0]) - 2), 32, len(_WIDTHS))
+        self.gradients = _two_layers(features * len(self.lens), hidden_size, 2 * math.prod(image_shape))
+        self.curvatures = _two_layers(features * len(self.lens), hidden_size // 3, 3 * math.prod(image_shape))
         self.log_widths = nn.Parameter(torch.tensor(_WIDTHS).log())
         self.scale = nn.Parameter(torch.full((2,), 4 / image_shape[-1]))
         self.centre = nn.Parameter(torch.zeros(2))
 
     def initialize(self) -> None:
-        """Deflections that fall as 1/r, as those of a point mass, and no gradients: nothing before training."""
-        for value in (*self.weights[2].parameters(), *self.gradients[2].parameters()):
-            nn.init.zeros_(value)
+        """Deflections that fall as 1/r, as those of a point mass, of light that is even: nothing before training."""
+        for layers in (self.weights, self.gradients, self.curvatures):
+            nn.init.zeros_(layers[2].weight)
+            nn.init.zeros_(layers[2].bias)
         nn.init.constant_(self.weights[2].bias, _WIDTHS[0])
 
     @torch.compiler.disable  # how many images have objects differs from batch to batch
@@ -383,8 +380,9 @@ class Displacement(nn.Module):
         some = torch.nonzero(there.any(1))[:, 0]  # images of most classes have no such objects
         of_lens = phase_features(phases[some][:, self.lens]).flatten(1)
         along_x, along_y = self.gradients(of_lens).unflatten(1, (2, *self.image_shape)).unbind(1)
-        x, y = self.deflections(objects[some].nan_to_num(), there[some])
-        change = (x[:, None] * along_x + y[:, None] * along_y).flatten(1)
+        xx, xy, yy = self.curvatures(of_lens).unflatten(1, (3, *self.image_shape)).unbind(1)
+        x, y = (of[:, None] for of in self.deflections(objects[some].nan_to_num(), there[some]))
+        change = (x * (along_x + x * xx + y * xy) + y * (along_y + y * yy)).flatten(1)
         unchanged = phases.new_zeros(len(phases), vectors.shape[1])
         return unchanged.index_copy(0, some, (change @ vectors.to(change.dtype)).float())
 
@@ -404,6 +402,10 @@ class Displacement(nn.Module):
             torch.einsum("nowr,nowc->nrc", bell_y, weights * dx * bell_x),
             torch.einsum("nowr,nowc->nrc", weights * dy * bell_y, bell_x),
         )
+
+
+def _two_layers(features: int, hidden_size: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(features, hidden_size), nn.GELU(), nn.Linear(hidden_size, outputs))
 
 
 def _centred(size: int, device: torch.device) -> Tensor:

@@ -42,7 +42,7 @@ def test_those_with_a_place_and_something_more_are_placed_and_the_others_are_not
     assert of("x", "y", "mass", "halo_x_1", "halo_y_1", "clump_mass_1", "clump_x_1") == []
 
 
-def test_the_change_is_the_deflection_times_the_gradients():
+def test_the_change_is_that_of_a_series_to_second_order():
     """Against NumPy, with one component for each pixel."""
     module = displacement()
     given = torch.tensor([[0.4, 0.2, -0.3, 0.5, -0.1, 0.6, -0.7]])
@@ -54,16 +54,19 @@ def test_the_change_is_the_deflection_times_the_gradients():
     with torch.no_grad():
         found = module(given, torch.eye(math.prod(SHAPE)))[0].view(SHAPE)
         along_x, along_y = module.gradients(features(0.4)).view(2, *SHAPE).numpy()
+        xx, xy, yy = module.curvatures(features(0.4)).view(3, *SHAPE).numpy()
         weights = [module.weights(features(mass)).numpy() for mass in (0.2, -0.1)]
     widths = module.log_widths.detach().exp().numpy()
     x = 0.2 * (np.arange(10) - 4.5) + 0.05
     y = 0.3 * (np.arange(8) - 3.5) - 0.1
-    expected = np.zeros(SHAPE)
+    along = np.zeros((2, 8, 10))
     for of_object, (at_x, at_y) in zip(weights, ((-0.3, 0.5), (0.6, -0.7)), strict=True):
         for weight, width in zip(of_object, widths, strict=True):
             dx, dy = (x[None, :] - at_x) / width, (y[:, None] - at_y) / width
             pull = weight / width * np.exp(-(dx**2 + dy**2) / 2)
-            expected += pull * dx * along_x + pull * dy * along_y
+            along += pull * dx, pull * dy
+    expected = along[0] * along_x + along[1] * along_y + along[0] ** 2 * xx + along[0] * along[1] * xy
+    expected += along[1] ** 2 * yy
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 

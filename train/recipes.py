@@ -72,7 +72,7 @@ RECIPES: Recipes = {
     "conditional_mlp": {
         "train_diffusion": _COMPONENTS
         | {
-            "EPOCHS": 370,
+            "EPOCHS": 420,
             "START_PATH": "weights/component_mlp.safetensors",
             "PARAMETERS": _OF_MODEL_II,
             "NUM_ODE_STEPS": 4,
