@@ -46,7 +46,7 @@ class Population:
     def __post_init__(self):
         shape = (len(self.labels), len(self.parameters))
         integers = self.labels.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-        numbers = self.phases.is_floating_point() and not (self.phases.abs() > _LARGEST).any()
+        numbers = self.phases.is_floating_point() and not (self.phases.float().abs() > _LARGEST).any()
         if not (integers and numbers) or self.phases.shape != shape or self.labels.shape != shape[:1]:
             raise ValueError(f"not {len(self.parameters)} parameters of lenses")
 
@@ -114,13 +114,13 @@ class _Class:
         """The lens that each image takes over, (n,): by a ``chance`` (n,) from 0 to 1, one that is alike.
 
         Alike are those for which the ``given`` parameters predict nearly what they do for what is ``asked`` (n,
-        parameters), or all where they predict nothing.
+        parameters), or all where they predict nothing, or where no lens has all of them.
         """
-        given = given[self.owner]
+        given = (given & self.known)[self.owner]
         slopes = self._slopes(given)
-        if not slopes.any():
-            return (chance * len(self.phases)).long()
         able = torch.nonzero(self.features[:, given].isfinite().all(1))[:, 0]  # others lack what is given
+        if not slopes.any() or not len(able):
+            return (chance * len(self.phases)).long()
         predicted, wanted, found = self.features[able][:, given] @ slopes, self._features(asked)[:, given] @ slopes, []
         for some, of_some in zip(wanted.split(1024), chance.split(1024), strict=True):
             distance = torch.cdist(some, predicted)

@@ -135,6 +135,29 @@ def test_lenses_that_lack_what_is_given_are_not_taken_however_few_have_it():
     assert len(taken.unique()) == 20
 
 
+def test_what_no_lens_of_the_class_has_says_nothing_of_what_follows_from_the_rest():
+    z = normal(2000, 0.5)[:, 0]
+    population = Population.of(torch.zeros(2000, dtype=torch.long), torch.stack([z, 2 * z, NAN * z], 1), LINEAR)
+    asked = torch.tensor([[0.3, NAN, NAN], [NAN, 0.4, NAN]] * 200)
+    found = filled(population, asked)
+    asked[:, 2] = 0.1
+    also = filled(population, asked)
+    assert torch.equal(also[:, :2], found[:, :2])
+    assert (also[:, 2] == asked[:, 2]).all()
+    assert found[::2, 1].std() < 0.1
+
+
+def test_any_lens_is_taken_where_none_has_all_that_is_given():
+    z = normal(2000, 0.5)[:, 0]
+    phases = torch.stack([z, 2 * z, 3 * z], 1)
+    phases[::2, 0], phases[1::2, 1] = NAN, NAN
+    found = filled(
+        Population.of(torch.zeros(2000, dtype=torch.long), phases, LINEAR), torch.tensor([[0.1, 0.2, NAN]] * 500)
+    )
+    assert found.isfinite().all()
+    assert found[:, 2].std() == pytest.approx(1.5, rel=0.15)
+
+
 def test_values_that_are_missing_stay_so_and_a_class_without_lenses_has_none():
     phases = normal(1000, 0.5, 0.5, 0.5)
     phases[torch.arange(1000) % 4 == 0, 1] = NAN
@@ -175,7 +198,12 @@ def test_a_generator_draws_what_its_population_says(build, tmp_path):
         loaded = load_model(tmp_path / name, "cpu").population
         assert torch.equal(loaded.fill(labels, asked, 1, 10), full)
     far = kept["phases"].float().masked_fill(torch.arange(5) == 2, math.inf)
-    broken = ({"phases": far}, {"phases": far.clamp_max(1e38)}, {"labels": kept["labels"].cfloat()})
+    broken = (
+        {"phases": far},
+        {"phases": far.half()},
+        {"phases": far.clamp_max(1e38)},
+        {"labels": kept["labels"].cfloat()},
+    )
     for damaged in ({"phases": kept["phases"][:, :3]}, {"labels": kept["labels"].float()}, {"phases": 3}, *broken):
         save_checkpoint(tmp_path / "d.pt", **content, population_state_dict=kept | damaged)
         with pytest.raises(InputError, match="configuration is not that of a generator"):
