@@ -1,9 +1,9 @@
-"""Folders of lens images: read and checked once, packed, split the same way for everybody.
+"""Folders of lens images: read and checked once, packed into a cache, and split the same way in every script.
 
     data/axion/*   data/cdm/*   data/no_sub/*      or any other classes, one folder each
 
-The folder says what it holds: its subfolders are the classes, in alphabetical order, and its files have the size and
-the channels of the images. Other forms that it may have are in ``layouts``, what a file may be is in ``image_files``.
+The folder says what it holds: its subfolders are the classes, in alphabetical order, and its files give the size and
+the channels of the images. ``layouts`` describes the other layouts of a folder, ``image_files`` the formats of a file.
 """
 
 import copy
@@ -35,39 +35,39 @@ from parameters import Column, Parameter, converted, phases, warn_of_others
 from scaling import Scaling
 from settings import InputError
 
-_VERSION = 3  # of the cache; change it when what is read from a file changes
-_MOST_NAMED = 20  # bad files in a report
-_ABANDONED = 3600  # seconds since anything was added to a cache that is not whole
+_VERSION = 3  # of the cache; change it when the code reads something else from a file
+_MOST_NAMED = 20  # bad files that a report lists
+_ABANDONED = 3600  # seconds without a change after which an unfinished cache counts as abandoned
 
 
 class NpyDataset(Dataset):
     """The images of a folder, or of one split of it, with their labels.
 
     Args:
-        root_dir: folder with a folder of images for each class, or another one that ``layouts`` shows.
+        root_dir: folder with a subfolder of images for each class, or with another layout of ``layouts``.
         transform: applied to the images of ``dataset[i]``, (..., c, s, s) in [0, 1]; None leaves them as they are.
-        split: "train", "val", "test" or "all"; as folders give it, see ``split_of`` for those that none gives.
+        split: "train", "val", "test" or "all". Folders give the splits, or else a hash does, see ``split_of``.
         on_bad_file: "raise" reports every bad file of the folder and stops, "skip" reports them and goes on.
         on_missing_class: "raise" stops when a class has no image in the split, "go_on" does not.
         cache_dir: where the packed images are kept; in ``root_dir`` when None.
-        classes: names of the classes, as of a checkpoint; None finds them, see ``find_classes``.
+        classes: names of the classes, such as those of a checkpoint; None finds them, see ``find_classes``.
 
     Attributes:
         classes: names of the labels 0, 1, ...
         image_shape: (c, s, s).
-        scaling: of the images, may be set before they are read; see ``Scaling``.
-        keeps_flux: whether brightness in the unit of the files is compared with that of other images.
+        scaling: how brightness is scaled, see ``Scaling``; may be set before the images are read.
+        keeps_flux: whether metrics compare brightness in the unit of the files, too.
         observer: what a telescope makes of the images, see ``observed``; None leaves them as they are.
-        images: (n, c, s, s) float32, scaled to [0, 1], by its own minimum and maximum each unless ``scaling`` says
-            otherwise; read when first used.
+        images: (n, c, s, s) float32, read when first used. Each image is scaled to [0, 1] by its own minimum and
+            maximum, unless ``scaling`` says otherwise.
         labels: (n,) int64, index into ``classes``.
-        low, high: (n,) float64, minimum and maximum of each image in the unit of its file, which became 0 and 1.
-        values: (n, 4) float64 that a pickled file gives behind its image; NaN where there are none.
-        axion_mass: (n,) float64 in eV, the first of them.
-        pixel_scale: in arcsec, the median of what FITS headers say; None when none does.
+        low, high: (n,) float64, minimum and maximum of each image in the unit of its file; these became 0 and 1.
+        values: (n, 4) float64, the numbers that follow the image in a pickled file; NaN where there are none.
+        axion_mass: (n,) float64 in eV, the first of ``values``.
+        pixel_scale: in arcsec, the median over the FITS headers that give it; None when none does.
         files: path of each image relative to ``root_dir``; "name.npy#k" is number k of a stack.
         cache_dir: where results computed from the images are kept.
-        fingerprint: another one when any file of the folder has been written anew.
+        fingerprint: a hash that changes when any file of the folder is rewritten.
 
     Raises:
         InputError: for a folder without classes, with bad files, or with no image of a class in the split.
@@ -103,7 +103,7 @@ class NpyDataset(Dataset):
         vars(self).update(vars(self.part(split, on_missing_class)))
 
     def part(self, split: str, on_missing_class: str = "raise") -> "NpyDataset":
-        """Another split of the same folder, which is not read again."""
+        """Another split of the same folder, without reading the folder again."""
         other = self._where((self._records["split"] == split) | (split == "all"))
         missing = [name for name, count in other.counts().items() if not count]
         if missing and (on_missing_class == "raise" or not len(other)):
@@ -114,12 +114,12 @@ class NpyDataset(Dataset):
         return other
 
     def only(self, files: Iterable[str]) -> "NpyDataset":
-        """The images of the same folder whose paths in it are among ``files``."""
+        """The images of the same folder whose paths relative to it are among ``files``."""
         wanted = set(files)
         return self._where([file in wanted for file in self._records["file"].tolist()])
 
     def _where(self, keep: np.ndarray | list[bool]) -> "NpyDataset":
-        """Those images of the whole folder that are to be kept."""
+        """The images of the whole folder for which ``keep`` is true."""
         other = copy.copy(self)
         for computed in ("images", "identity"):
             vars(other).pop(computed, None)
@@ -138,7 +138,7 @@ class NpyDataset(Dataset):
         return dict(zip(self.classes, torch.bincount(self.labels, minlength=len(self.classes)).tolist(), strict=True))
 
     def check_match(self, path: str | Path, classes: Sequence[str], image_shape: Sequence[int], advice: str) -> None:
-        """Raises InputError unless a network or a folder, by its path, is of such classes and images."""
+        """Raises InputError unless this folder has the classes and images of the network or folder at ``path``."""
         ours, theirs = (
             (f"the classes {', '.join(names)}", f"images of {size_in_words(shape)}")
             for names, shape in ((self.classes, self.image_shape), (classes, image_shape))
@@ -148,10 +148,10 @@ class NpyDataset(Dataset):
                 raise InputError(f"{path} is of {there}, but {self.root_dir} of {here}: {advice}", 2)
 
     def columns(self, names: Iterable[str], lenient: bool = False) -> dict[str, Column]:
-        """Physical parameters of the images by name, as tables, pickled files and headers say them; see ``parameters``.
+        """Physical parameters of the images by name, from tables, pickled files or headers; see ``parameter_tables``.
 
         Raises:
-            InputError: for one that none of these has, of the whole folder, unless ``lenient``.
+            InputError: for a parameter that none of these gives for any image of the folder, unless ``lenient``.
         """
         files, pickled = self._records["file"].tolist(), self._records["values"]
         wanted = tuple(names), lenient
@@ -161,7 +161,7 @@ class NpyDataset(Dataset):
         return {name: column._replace(values=column.values[self._keep]) for name, column in found.items()}
 
     def phases(self, parameters: Sequence[Parameter], lenient: bool = False) -> Tensor:
-        """The same as networks see them, (n, parameters) float32, NaN where unknown."""
+        """Parameters of the images as networks see them, (n, parameters) float32, NaN where unknown."""
         columns = self.columns((of.name for of in parameters), lenient)
         values = {of.name: converted(of.name, columns[of.name], of.unit) for of in parameters}
         warn_of_others(parameters, values, self.root_dir)
@@ -169,7 +169,7 @@ class NpyDataset(Dataset):
 
     @cached_property
     def identity(self) -> str:
-        """A hash of names and pixels, the same for a copy of the folder; another one when an image is another."""
+        """A hash of names and pixels: the same for a copy of the folder, another one when any image differs."""
         digest = hashlib.blake2b(repr(self.files).encode(), digest_size=8)
         for some in torch.arange(len(self)).split(4096):
             digest.update(self.read(some).numpy())
@@ -189,12 +189,12 @@ class NpyDataset(Dataset):
     def read(self, index: Tensor | slice, random: torch.Generator | None = None) -> Tensor:
         """Some of ``images``, read from the cache on disk without keeping the others in memory.
 
-        Observed images have the noise of their number, always the same, or fresh noise from ``random``.
+        Observed images get the noise that belongs to their number, always the same, or fresh noise from ``random``.
         """
         return self.look(index, random)[0]
 
     def look(self, index: Tensor | slice, random: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """``read``, and the minima and maxima (n,) of these images in the unit of their files, or as observed."""
+        """What ``read`` returns, and the minima and maxima (n,): in the unit of the files, or as observed."""
         index = np.asarray(index) if isinstance(index, Tensor) else index
         numbers = self._keep[index]
         images, low, high = (torch.from_numpy(a) for a in (self._packed[numbers], self.low[index], self.high[index]))
@@ -226,7 +226,7 @@ def load_parts(
     cache_dir: str | Path | None = None,
     classes: Iterable[str] | None = None,
 ) -> list[NpyDataset]:
-    """Splits of a folder, which is read once, after a table of how many images of each class every split has.
+    """Splits of a folder. Reads the folder once, and prints how many images of each class every split has.
 
     Raises:
         InputError: see ``NpyDataset``.
@@ -237,7 +237,7 @@ def load_parts(
 
 
 def print_counts(parts: dict[str, NpyDataset], title: str) -> None:
-    """How large the images of a folder are, and a table of how many of each class are in each subset."""
+    """Prints how large the images of a folder are, and how many of each class are in each subset."""
     counts = {name: part.counts() for name, part in parts.items()}
     classes = list(next(iter(counts.values())))
     first, width = max(map(len, parts)), max(9, 2 + max(map(len, classes)))
@@ -248,15 +248,15 @@ def print_counts(parts: dict[str, NpyDataset], title: str) -> None:
 
 
 def size_in_words(shape: Sequence[int]) -> str:
-    """What (c, h, w) means."""
+    """The shape (c, h, w) of an image, in words."""
     channels, height, width = shape
     return f"{height}x{width} pixels in {channels} channel(s)"
 
 
 def some_of_each_class(labels: Tensor, count: int, seed: int = 0) -> Tensor:
-    """Indices of ``count`` random images of every class, or of all it has, class by class.
+    """Indices of ``count`` random images of every class, or of all if it has fewer; class by class.
 
-    Random, since the order of the files may be that of a property of the lenses.
+    Random, since files may be sorted by a property of the lenses.
     """
     generator = torch.Generator().manual_seed(seed)
     of_classes = (torch.nonzero(labels == label).flatten() for label in labels.unique())
@@ -264,7 +264,7 @@ def some_of_each_class(labels: Tensor, count: int, seed: int = 0) -> Tensor:
 
 
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
-    """All n images of an epoch in random order, in batches of at most ``batch_size``, all as large to within one.
+    """All n images of an epoch in random order, in batches of at most ``batch_size`` whose sizes differ by at most one.
 
     The order depends on the seed and the epoch alone, and no image is left out or comes twice.
     """
@@ -282,7 +282,7 @@ def split_of(file: str | Path) -> str:
 
     So adding, removing or moving other files never changes it.
     """
-    name = os.fsencode(Path(file).name)  # which need not be UTF-8
+    name = os.fsencode(Path(file).name)  # a name need not be UTF-8
     fraction = int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
     if fraction < 0.7:
         return "train"
@@ -290,18 +290,18 @@ def split_of(file: str | Path) -> str:
 
 
 def _cache_folder(root: Path, cache_dir: str | Path | None) -> Path:
-    """Where the cache of a folder is: in the folder, or in one of its own under ``cache_dir``."""
-    if cache_dir is None or Path(cache_dir).resolve() == root.resolve():  # a folder more would be a class
+    """The folder of the cache of ``root``: ``root`` itself, or a subfolder of ``cache_dir`` for this ``root`` alone."""
+    if cache_dir is None or Path(cache_dir).resolve() == root.resolve():  # a new subfolder would look like a class
         return root
     place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
     return Path(cache_dir) / f"{root.resolve().name}_{place}"
 
 
 def read_entries(path: Path, of: str | None = None) -> Iterator[tuple[str, str | None, LensImage | InputError]]:
-    """("", class, image) of a file that holds one, or ("#k", class, image) of every one in a stack.
+    """Yields ("", class, image) for a file of one image, or ("#k", class, image) for each image of a stack.
 
-    The class is ``of``, or where that is None what ``read_labels`` gives. In place of a bad image stands what is wrong
-    with it; no InputError is raised.
+    The class is ``of``, or, if that is None, the one from ``read_labels``. In place of a bad image, the InputError that
+    says what is wrong with it is yielded, not raised.
     """
     try:
         labels = read_labels(path) if of is None else None
@@ -318,10 +318,10 @@ def read_entries(path: Path, of: str | None = None) -> Iterator[tuple[str, str |
 def _load(
     root: Path, listing: list[Source], given: set[str], on_bad_file: str, cache_dir: Path
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Images (n, c, s, s), which stay on disk, records of them, and fingerprint; from a cache when that is fresh.
+    """Images (n, c, s, s), mapped from disk, their records, and the fingerprint; from the cache if it is up to date.
 
     Raises:
-        InputError: with every bad file, unless they are to be skipped; when there is no other one.
+        InputError: with a list of the bad files, unless these are to be skipped; when all files are bad.
     """
     state = [(file.name, file.of, file.split, *file.state) for file in listing]
     fingerprint = hashlib.sha256(repr((state, sorted(given), _VERSION)).encode()).hexdigest()[:16]
@@ -335,7 +335,7 @@ def _load(
 
 
 def _packed(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
-    """The two arrays of a cache: images, which stay on disk, and records."""
+    """The two arrays of a cache: images, mapped from disk, and records."""
     file.seek(0)
     np.lib.format.read_magic(file)
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -345,7 +345,7 @@ def _packed(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _OtherShape(Exception):
-    """Most images have another shape than the first one, that of ``args[0]``."""
+    """Most images have another shape than the first one; ``args[0]`` is the shape of most."""
 
 
 class _Reading:
@@ -353,8 +353,8 @@ class _Reading:
     values, pixel_scale).
 
     Args:
-        given: splits that folders give.
-        shape: of the images; None is that of the first one.
+        given: splits that have a folder.
+        shape: of the images; None takes that of the first image.
     """
 
     def __init__(
@@ -363,7 +363,7 @@ class _Reading:
         self.root, self.listing, self.given, self.on_bad_file, self.shape = root, listing, given, on_bad_file, shape
 
     def images(self) -> Iterator[np.ndarray]:
-        """Sound images, (1, c, s, s); in the end what is wrong with the others is reported.
+        """Yields the sound images, each (1, c, s, s); reports at the end what is wrong with the others.
 
         Raises:
             InputError: see ``_load``.
@@ -388,7 +388,7 @@ class _Reading:
         self._report()
 
     def records(self) -> Iterator[np.ndarray]:
-        """The records, all at once, when the images have been read."""
+        """Yields all records as one array, once ``images`` has been read to its end."""
         names = [
             (name, f"U{max(len(row[i]) for row in self.rows)}") for i, name in enumerate(("file", "class", "split"))
         ]
@@ -396,7 +396,7 @@ class _Reading:
         yield np.array(self.rows, names + numbers)
 
     def _split(self, given: str, name: str) -> str:
-        """The split of an image: that of its folder, but what no folder has is taken out of train."""
+        """The split that the folder of an image gives; a split without a folder gets images of train, by their hash."""
         hashed = split_of(name)
         return given if given in ("val", "test") or hashed in self.given else hashed
 
@@ -417,9 +417,10 @@ class _Reading:
 
 
 def _pack(cache: Path, reading: _Reading) -> tuple[np.ndarray, np.ndarray]:
-    """Writes images as they are read to the cache of a folder, in place of its older ones, and returns what it holds.
+    """Writes images to the cache of a folder as they are read, removes older caches, and returns the cache's arrays.
 
-    It appears whole or not at all; not with bad files, so that every run reports them. The memory holds one image.
+    The cache appears whole or not at all. None is kept if there are bad files, so that every run reports these. One
+    image is in memory at a time.
     """
     new = cache.with_name(f"{cache.name}.{os.getpid()}")
     try:
@@ -428,9 +429,9 @@ def _pack(cache: Path, reading: _Reading) -> tuple[np.ndarray, np.ndarray]:
         os.replace(new, place)
         with open(place, "rb") as file:
             found = _packed(file)
-        with suppress(OSError):  # another script may be at the same
+        with suppress(OSError):  # another script may be deleting the same files
             for old in [new] if reading.problems else _older(cache):
-                old.unlink()  # what is mapped is there until the process ends
+                old.unlink()  # mapped arrays stay readable until the process ends
         return found
     except OSError as error:
         advice = "the files will be read again next time, unless CACHE_DIR names a folder that can be written to"
@@ -446,7 +447,7 @@ def _pack(cache: Path, reading: _Reading) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _older(cache: Path) -> Iterator[Path]:
-    """Caches of a folder as it was before, and what is left of processes that were killed while they wrote one."""
+    """Outdated caches of a folder, and unfinished ones that killed processes left behind."""
     for path in cache.parent.glob(".lens_cache_*.npy*"):
         is_whole = path.suffix == ".npy"
         if path != cache and (is_whole or time.time() - path.stat().st_mtime > _ABANDONED):

@@ -36,7 +36,7 @@ def join(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # After a restart on one machine, the addresses of the dead are still there (pytorch/pytorch#135712)
+        # After a restart on one machine, the store still has the addresses of dead processes (pytorch/pytorch#135712)
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     atexit.register(dist.destroy_process_group)
@@ -58,7 +58,7 @@ def is_main() -> bool:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Makes the others wait until the main process has done what is inside; they find the files that it made."""
+    """Runs a ``with`` block in the main process first, then in the others, which find the files that it made."""
     if not is_main():
         dist.barrier()
     yield
@@ -67,7 +67,7 @@ def main_first() -> Iterator[None]:
 
 
 def parts(n: int, each: int = 1) -> list[slice]:
-    """The share of this process in n things in a row, as ``each`` slices; all of the job are as long to within one."""
+    """This process's share of n items, as ``each`` consecutive slices; over the job, lengths differ by at most one."""
     edges = [i * n // (size() * each) for i in range(size() * each + 1)]
     return [slice(*edge) for edge in pairwise(edges)][rank() * each :][:each]
 
@@ -88,7 +88,7 @@ def total(*values: torch.Tensor | float) -> list[float]:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, in the order of their ranks: anything that can be pickled, tensors on the CPU."""
+    """The ``value`` of every process, in the order of ranks: anything that can be pickled, with tensors on the CPU."""
     found = [value] * size()
     if size() > 1:
         dist.all_gather_object(found, value)

@@ -1,4 +1,4 @@
-"""Files that are never half there, and folders that belong to one run at a time."""
+"""Files that appear whole or not at all, and folders that belong to one run at a time."""
 
 import errno
 import io
@@ -19,16 +19,16 @@ from filelock import FileLock, Timeout
 
 from settings import InputError
 
-_LOCK, _HOLDER = ".lock", ".lock_holder"  # what holds a folder, and who it is, for people
+_LOCK, _HOLDER = ".lock", ".lock_holder"  # the lock of a folder, and a text for people that says who holds it
 _held: dict[Path, FileLock] = {}
 
 
 @contextmanager
 def whole(path: str | Path, sync: bool = False) -> Iterator[BinaryIO]:
-    """A file to write to that appears under its name whole, or not at all; its folder is made.
+    """Opens a file for writing that appears under its name whole or not at all; makes its folder.
 
     What a killed process leaves behind ends in ``.part``. With ``sync`` the file also outlives a crash of the machine:
-    it has its name only once it is on the disk, which takes milliseconds.
+    it gets its name only once it is on the disk, which takes milliseconds.
 
     Raises:
         OSError: with the name of the file, when it cannot be written; an older file of that name is still there.
@@ -46,7 +46,7 @@ def whole(path: str | Path, sync: bool = False) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException as error:
-        with suppress(OSError):  # it may never have been there
+        with suppress(OSError):  # it may not exist
             part.unlink()
         if isinstance(error, OSError):
             error.filename = str(path)
@@ -60,9 +60,9 @@ def save_array(path: str | Path, *arrays: np.ndarray | Iterable[np.ndarray]) -> 
 
 
 def write_arrays(file: BinaryIO, *arrays: np.ndarray | Iterable[np.ndarray]) -> None:
-    """Writes arrays one behind the other, as ``np.load`` reads them from an open file, and from a path the first alone.
+    """Writes arrays one after the other: ``np.load`` reads each from an open file, but only the first from a path.
 
-    One that memory cannot hold comes as its parts along the first axis, of which there is at least one.
+    An array too large for memory is given as an iterable of its parts along the first axis, at least one.
     """
     for array in arrays:
         if isinstance(array, np.ndarray):
@@ -77,19 +77,19 @@ def write_arrays(file: BinaryIO, *arrays: np.ndarray | Iterable[np.ndarray]) -> 
             length += len(part)
         end = file.tell()
         file.seek(start)
-        np.lib.format.write_array_header_1_0(file, header | {"shape": (length, *part.shape[1:])})  # NumPy leaves room
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (length, *part.shape[1:])})  # as long as before
         file.seek(end)
 
 
 def npy_bytes(array: np.ndarray) -> memoryview:
-    """The content of a .npy file; NumPy itself dies of a full disk without a word about it."""
+    """The content of a .npy file, for others to write: NumPy itself fails on a full disk without saying why."""
     packed = io.BytesIO()
     np.save(packed, array)
     return packed.getbuffer()
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether there is nothing in a folder but hidden files, or no such folder."""
+    """Whether a folder holds nothing but hidden files, or does not exist."""
     return not folder.exists() or not any(not path.name.startswith(".") for path in folder.iterdir())
 
 
@@ -107,7 +107,7 @@ def contents(folder: Path) -> str:
 
 
 def set_aside(folder: Path, paths: Iterable[Path]) -> None:
-    """Moves paths in a folder, as far as there are such files and filled folders, to a new folder in it."""
+    """Moves those of ``paths`` that are files or non-empty folders to a new subfolder of ``folder``."""
     there = [path for path in paths if path.is_file() or (path.is_dir() and any(path.iterdir()))]
     if there:
         aside = next(path for n in itertools.count(1) if not (path := folder / f"earlier_{n}").exists())
@@ -118,17 +118,17 @@ def set_aside(folder: Path, paths: Iterable[Path]) -> None:
 
 
 def claim(folder: str | Path, marker: str) -> None:
-    """Holds a folder that is empty or was made here, which a file in it says that is called ``marker``.
+    """Holds a folder that is empty or was made here, as a file called ``marker`` in it says.
 
     Raises:
-        InputError: for a folder that something else made, or that another process has.
+        InputError: for a folder that something else made, or that another process holds.
     """
     folder = Path(folder)
     if not is_empty(folder) and not (folder / marker).exists():
         raise InputError(f"{folder} was not made here: it {contents(folder)}. Choose another folder to write to")
     hold(folder)
     with whole(folder / marker) as file:
-        file.write(b"Made by a script, which may write anything anew here.\n")
+        file.write(b"Made by a script, which may overwrite anything here.\n")
 
 
 def hold(folder: str | Path) -> None:
@@ -137,7 +137,7 @@ def hold(folder: str | Path) -> None:
     The lock is the operating system's, so a process that was killed holds nothing.
 
     Raises:
-        InputError: when another process has it; the text says who.
+        InputError: when another process holds it; the text says which.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -153,7 +153,7 @@ def hold(folder: str | Path) -> None:
         who = holder_of(folder) or "another process"
         raise InputError(f"{folder} is in use: wait, or choose another folder; it belongs to {who}") from None
     except NotImplementedError:  # a file system without locks
-        print(f"{folder} cannot be locked on this file system: see to it that no other run writes there")
+        print(f"{folder} cannot be locked on this file system: make sure that no other run writes there")
         return
     _held[key] = lock
     since, command = time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv)
@@ -163,7 +163,7 @@ def hold(folder: str | Path) -> None:
 
 
 def holder_of(folder: str | Path) -> str | None:
-    """The other process that has a folder, in words; None when there is none."""
+    """The other process that holds a folder, in words; None when there is none."""
     lock, who = Path(folder) / _LOCK, Path(folder) / _HOLDER
     if not lock.exists() or Path(folder).resolve() in _held:
         return None

@@ -7,7 +7,7 @@ A file holds one square image of any numeric type and range, (s, s), (c, s, s) o
     .npz                     its only array, or the one called image or images
     .fits .fit (.gz .fz)     the first image in it that has pixels
 
-What hides an image when it is scaled (NaN, a pixel of -999, the same value everywhere) makes it a bad one.
+An image is bad if scaling would hide it: it has a NaN, a pixel of -999, say, or the same value everywhere.
 """
 
 import errno
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 Shape = tuple[int, int, int]  # channels, height and width of an image
 
 KINDS = ".npy, .npz or FITS files"  # what is read, in words
-MOST_VALUES = 4  # behind the image in a pickled file
+MOST_VALUES = 4  # numbers that may follow the image in a pickled file
 _FITS = (".fits", ".fit", ".fits.gz", ".fit.gz", ".fits.fz", ".fit.fz")
 _ENDINGS = (".npy", ".npz", *_FITS)
-_SIZES, _MOST_CHANNELS = range(8, 257), 16  # pixels on a side
-# Some pixels hide the others when all but 1% on either side have less than this share of the range of an image, or when
-# no pixel has a value in so large a share of it
+_SIZES, _MOST_CHANNELS = range(8, 257), 16  # pixels on a side, and channels
+# Some pixels hide the others when all but 1% on either side span less than _LEAST of the range of an image, or when a
+# gap without any pixel value spans at least _GAP of it
 _LEAST, _GAP = 0.002, 0.9
 _LARGEST_FILE = 2**25  # bytes; the largest image of the widest numeric type takes half of it
-_LARGEST_PAIR = 2**22  # bytes; a pickle of many small things takes many times its size
-_MOST_HDUS = 100  # in front of the image in a FITS file
-_LONGEST_HEADER = 2**16  # bytes of a .npy file; NumPy itself refuses longer ones, having read them
+_LARGEST_PAIR = 2**22  # bytes; many small objects take many times the size of their pickle in memory
+_MOST_HDUS = 100  # HDUs of a FITS file that are searched for the image
+_LONGEST_HEADER = 2**16  # bytes, of a .npy file; NumPy itself refuses a longer header only after reading it
 
 
 class StackError(InputError):
@@ -58,9 +58,9 @@ class LensImage(tuple):
     """An image, (c, s, s) float32 in [0, 1], and its axion mass in eV, NaN if it has none: ``image, mass = ...``
 
     Attributes:
-        low, high: minimum and maximum of the pixels in the file, which became 0 and 1.
-        values: (4,) that a pickled file gives behind its image, the axion mass first; NaN where there are none.
-        pixel_scale: in arcsec, as a FITS header says it; NaN for others.
+        low, high: minimum and maximum of the pixels in the file; these became 0 and 1.
+        values: (4,) numbers that follow the image in a pickled file, the axion mass first; NaN where there are none.
+        pixel_scale: in arcsec, from the FITS header; NaN for other files.
     """
 
     low: float
@@ -77,12 +77,12 @@ class LensImage(tuple):
 
 
 def is_image_file(name: str) -> bool:
-    """Whether a file of this name is taken for an image; hidden ones, caches and the "._0.npy" of a Mac, are not."""
+    """Whether a file of this name counts as an image; hidden ones, such as caches and a Mac's "._0.npy", do not."""
     return name.lower().endswith(_ENDINGS) and not name.startswith(".")
 
 
 def stem_of(name: str) -> str:
-    """The name of a file without the ending of an image, which may be a double one."""
+    """The name of a file without the ending of an image, which may have two parts, such as ".fits.gz"."""
     ending = max((ending for ending in _ENDINGS if name.lower().endswith(ending)), key=len, default="")
     return name[: len(name) - len(ending)]
 
@@ -105,10 +105,10 @@ def read_image(path: str | Path, shape: Shape | None = None) -> LensImage:
 
 
 def read_stack(path: str | Path, count: int | None = None) -> Iterator[LensImage | InputError]:
-    """The images of a stack, in order, or what is wrong with one; never more than one of them is in memory.
+    """Yields the images of a stack in order, an InputError in place of a bad one; one image at a time is in memory.
 
     Args:
-        count: that there must be; an array that could as well be one image of as many channels is a stack then.
+        count: number of images that there must be; an array (count, s, s) is then a stack, not an image of channels.
 
     Raises:
         InputError: with the path and what is wrong with the whole file.
@@ -128,15 +128,15 @@ def read_stack(path: str | Path, count: int | None = None) -> Iterator[LensImage
 
 
 def is_stack(path: str | Path) -> bool | None:
-    """Whether a file is a stack of images, or one; None when it is neither."""
+    """Whether a file is a stack of images, True, or one image, False; None when it is neither."""
     with suppress(InputError), _naming(path), _opened(path) as array:
-        return count_images(array.shape) not in (None, 1)  # of one image, as radio telescopes write it, it is no stack
+        return count_images(array.shape) not in (None, 1)  # radio telescopes write one image as a stack of one
     return None
 
 
 def read_keywords(path: str | Path, names: Sequence[str]) -> dict[str, tuple[float, str]]:
-    """Numbers in the header of the image of a FITS file, and their units in brackets before the comments; those of
-    ``names`` that it has, and none of any other file."""
+    """Those of ``names`` that are numbers in the image header of a FITS file, with their units, given in brackets at
+    the start of the comments; {} for any other file."""
     found = {}
     if str(path).lower().endswith(_FITS):
         with suppress(OSError, InputError), open(path, "rb") as file, _parsing("FITS"), _hdus(file) as hdus:
@@ -153,7 +153,7 @@ def is_table(path: str | Path) -> bool:
     if not str(path).lower().endswith(_FITS):
         return False
     with suppress(OSError, InputError), open(path, "rb") as file, _parsing("FITS"):
-        if re.search(rb"NAXIS   = +[1-9]", file.read(2880)):  # an image comes first; astropy takes milliseconds to say
+        if re.search(rb"NAXIS   = +[1-9]", file.read(2880)):  # an image comes first; asking astropy takes milliseconds
             return False
         file.seek(0)
         with _hdus(file) as hdus:
@@ -175,7 +175,7 @@ def count_images(shape: tuple[int, ...]) -> int | None:
 
 
 def other_shape(found: Shape, wanted: Shape) -> str:
-    """The complaint about an image of another shape; the only channel is left out."""
+    """The complaint about an image of another shape; it leaves out the axis of a single channel."""
     remedy = ""
     if found[0] == wanted[0]:
         size, to = found[-1], wanted[-1]
@@ -189,17 +189,17 @@ def _wanted() -> str:
 
 
 def _how_to_crop(shape: tuple[int, ...]) -> str:
-    """The remedy for a shape that is no image's: its central square; "" where it has none that is large enough."""
+    """The advice to crop an array that is no image to its central square; "" where that would be no image either."""
     if len(shape) not in (2, 3, 4) or (len(shape) == 3 and shape[0] == shape[1] and shape[2] > _MOST_CHANNELS):
         return ""
-    behind = len(shape) > 2 and shape[-1] <= _MOST_CHANNELS < min(shape[-3:-1])  # the channels are
+    behind = len(shape) > 2 and shape[-1] <= _MOST_CHANNELS < min(shape[-3:-1])  # channels are the last axis
     sides = shape[-3:-1] if behind else shape[-2:]
     size = min(*sides, _SIZES[-1])
     return _slices(sides, size, ", :" if behind else "") if size in _SIZES and {*sides} != {size} else ""
 
 
 def _slices(sides: Sequence[int], size: int, behind: str = "") -> str:
-    """The remedy for an image that is too large: its central square of a size."""
+    """The advice for an image that is too large: to crop it to its central square of ``size`` pixels."""
     starts = [(side - size) // 2 for side in sides[-2:]]
     square = ", ".join(f"{start}:{start + size}" for start in starts)
     return f": crop it, as with image[..., {square}{behind}], or resize it"
@@ -228,7 +228,7 @@ def _checked(pixels: np.ndarray, array: _Array, shape: Shape | None = None) -> L
 
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """Puts a path in front of what is said to be wrong with it."""
+    """Puts the path of a file in front of the errors about it."""
     try:
         yield
     except InputError as error:
@@ -266,7 +266,7 @@ def _opened(path: str | Path) -> Iterator[_Array]:
 
 @contextmanager
 def _parsing(kind: str) -> Iterator[None]:
-    """Says of a file that it is damaged, whatever is raised when it is read: that can be nearly anything."""
+    """Reports a file as damaged, whatever error reading it raises: that can be nearly anything."""
     try:
         yield
     except (InputError, MemoryError):
@@ -278,7 +278,7 @@ def _parsing(kind: str) -> Iterator[None]:
 
 
 def _open_npy(file: BinaryIO, size: int, zipped: bool = False) -> _Array:
-    """The array of a .npy file of ``size`` bytes; when ``zipped``, it is read from its start to its end."""
+    """The array of a .npy file of ``size`` bytes; a ``zipped`` file can only be read from its start to its end."""
     head = file.read(_LONGEST_HEADER)
     if not head.startswith(np.lib.format.MAGIC_PREFIX):
         raise InputError("is larger than any image" if size > _LARGEST_FILE else "is not a .npy file")
@@ -295,7 +295,7 @@ def _open_npy(file: BinaryIO, size: int, zipped: bool = False) -> _Array:
         image, values = _read_pickled(body, shape[0] - 1)
         return _Array(image.shape, lambda: image, lambda: iter((image,)), values)
     _check_type(dtype)
-    count_images(shape)  # before so much is read as a damaged header says
+    count_images(shape)  # raises before as much is read as a damaged header asks for
     order = "F" if fortran_order else "C"
     if size < offset + dtype.itemsize * math.prod(shape):
         raise InputError("is truncated")
@@ -312,7 +312,7 @@ def _open_npy(file: BinaryIO, size: int, zipped: bool = False) -> _Array:
 
     def parts() -> Iterator[np.ndarray]:
         if fortran_order and zipped:
-            raise InputError("has its columns first: np.ascontiguousarray puts its images one behind the other")
+            raise InputError("is in Fortran order: np.ascontiguousarray puts one image after the other")
         if fortran_order:
             yield from np.memmap(file, dtype, "r", offset, shape, order)
         else:
@@ -323,15 +323,15 @@ def _open_npy(file: BinaryIO, size: int, zipped: bool = False) -> _Array:
 
 
 def _check_type(dtype: np.dtype) -> None:
-    """Raises InputError unless pixels can be of a type."""
+    """Raises InputError unless pixels can have this type."""
     if dtype.kind not in "buif":
         raise InputError(f"holds values of type {dtype}, not real numbers")
 
 
 def _what_hides(pixels: np.ndarray) -> str | None:
-    """The complaint about pixels that leave nothing of an image scaled to its minimum and maximum; None for sound ones.
+    """The complaint about an image of which nothing is visible when scaled by its minimum and maximum; None for others.
 
-    Few pixels do, far from all others, and so do wide tails: a hundredth of all on either side.
+    A few pixels far from all others hide the rest, and so do wide tails of a hundredth of all pixels on either side.
     """
     if not np.isfinite(pixels).all():
         return "holds NaN or Inf"
@@ -343,7 +343,7 @@ def _what_hides(pixels: np.ndarray) -> str | None:
     edge = int(steps.argmax()) + 1
     few, rest = sorted((values[:edge], values[edge:]), key=len)
     hiding = "1 pixel" if len(few) == 1 else f"{len(few)} pixels"
-    if steps.max() < _GAP * whole_range or (len(few) > 4 and rest[0] == rest[-1]):  # a picture in two values is one
+    if steps.max() < _GAP * whole_range or (len(few) > 4 and rest[0] == rest[-1]):  # a picture of two values is sound
         if not 0 < scaled[-1 - tail] - scaled[tail] < _LEAST * whole_range:
             return None
         hiding, few, rest = "pixels", values, values[tail : -1 - tail]
@@ -351,9 +351,9 @@ def _what_hides(pixels: np.ndarray) -> str | None:
 
 
 class _NumpyUnpickler(pickle._Unpickler):
-    """Builds NumPy arrays and scalars and refuses every other thing a pickle can name.
+    """Builds NumPy arrays and scalars and refuses everything else that a pickle can name.
 
-    The unpickler written in Python, since the one in C allocates whatever a damaged file asks for.
+    It extends the unpickler written in Python, since the one in C allocates whatever a damaged file asks for.
     """
 
     ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
@@ -412,16 +412,16 @@ def _hdus(file: BinaryIO) -> "Iterator[fits.HDUList]":
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of astropy: what is wrong with an image is found here."""
+    """Silences the warnings of astropy: this file finds what is wrong with an image by itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _image_of(hdus: "fits.HDUList") -> "fits.ImageHDU | None":
-    """The first image that has pixels; None for tables alone."""
+    """The first image that has pixels; None if there are only tables."""
     with _quiet():
-        # A damaged header may send astropy back to where it was, without end
+        # A damaged header may make astropy go back in the file, again and again
         return next((hdu for hdu in islice(hdus, _MOST_HDUS) if hdu.is_image and hdu.shape), None)
 
 
@@ -430,7 +430,7 @@ def _open_fits(hdus: "fits.HDUList") -> _Array:
     hdu = _image_of(hdus)
     if hdu is None:
         raise InputError("holds no image")
-    count_images(hdu.shape)  # before so much is read as a damaged header says
+    count_images(hdu.shape)  # raises before as much is read as a damaged header asks for
 
     def read(*index: int) -> np.ndarray:
         with _quiet():
@@ -440,13 +440,13 @@ def _open_fits(hdus: "fits.HDUList") -> _Array:
 
 
 def _pixel_scale(header: "fits.Header") -> float:
-    """Pixel scale in arcsec, the mean along both axes, by the world coordinates of a header; NaN without sound ones."""
+    """Pixel scale in arcsec, the mean of both axes, from the world coordinates of a header; NaN without sound ones."""
     if "CTYPE1" not in header:
         return np.nan
     from astropy.wcs import WCS
     from astropy.wcs.utils import proj_plane_pixel_scales
 
-    with suppress(Exception), _quiet():  # nearly anything
+    with suppress(Exception), _quiet():  # astropy can raise nearly anything
         found = WCS(header)
         if found.has_celestial:
             return 3600 * float(np.mean(proj_plane_pixel_scales(found.celestial)))
@@ -469,7 +469,7 @@ def normalize(images: np.ndarray | Tensor) -> Tensor:
     elif _channels_first(images.shape) != images.shape:
         images = images.movedim(-1, 0)
     if images.dtype != torch.float32:
-        images = images.double()  # before the minimum is taken off: a faint source on a bright sky keeps its digits
+        images = images.double()  # before the minimum is subtracted: a faint source on a bright sky keeps its digits
         images = images / images.abs().amax((-3, -2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     low = images.amin((-3, -2, -1), keepdim=True)
     images = images - low

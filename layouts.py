@@ -1,16 +1,16 @@
-"""Layouts of a folder of images: which files are in it, and of which class and split each is.
+"""Layouts of a folder of images: which files are in it, and the class and split of each.
 
     data/axion/*   data/cdm/*   data/no_sub/*      or any other classes, one folder each
 
 In general it is ``[split/][class/]file``, where a file holds an image or a stack of them:
 
-    data/{train,val,test}/{class}/*     splits as they are given; a hash takes one that is missing out of train
-    data/{class}/*  data_test/{class}/* two folders side by side: the test images, and all others
+    data/{train,val,test}/{class}/*     given splits; a hash takes a missing val or test out of train
+    data/{class}/*  data_test/{class}/* two folders side by side; the second one has the test images
     data/*                              one class, called images
     data/{class}.npy                    a stack for each class
     data/images.npy  data/labels.npy    a stack, and the class of each image
 
-All of these may be in split folders. Nothing but labels is read here: what a file may be is in ``image_files``.
+All of these may be in split folders. Of the files, only labels are read here; ``image_files`` reads images.
 """
 
 import os
@@ -29,15 +29,15 @@ from settings import InputError
 
 _SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}  # names of folders
 _ALL = "overall"  # in tables of metrics, all classes together
-_ONE_CLASS = "images"  # of images without labels
-_MOST_STACKS = 100  # in a folder with a stack for each class
+_ONE_CLASS = "images"  # name of the class of images without labels
+_MOST_STACKS = 100  # files in a folder with a stack for each class, at most
 
 
 class Source(NamedTuple):
     """A folder of images, or a file of images, of one class in one split.
 
-    ``name`` is its path relative to the root, ``of`` its class, None where labels.npy beside it says it, and ``split``
-    what its folder says, "" where a hash of the name does.
+    ``name`` is its path relative to the root. ``of`` is its class, or None if labels.npy beside it gives the class of
+    each image. ``split`` is what its folder says, or "" if a hash of the name decides.
     """
 
     path: Path
@@ -48,10 +48,10 @@ class Source(NamedTuple):
 
 
 def find_sources(root: Path) -> list[Source]:
-    """Class folders of a folder, of its split folders or of the two side by side; or, without any, files of images.
+    """Class folders of a folder, of its split folders or of the two side by side; if there are none, image files.
 
     Raises:
-        InputError: for a split folder that holds nothing of what the others hold, or that has other folders beside it.
+        InputError: for a split folder without what the others hold, or for other folders beside split folders.
     """
     folders = _folders(root)
     splits = [name for name in folders if name.lower() in _SPLITS]
@@ -76,7 +76,7 @@ def find_sources(root: Path) -> list[Source]:
 
 
 def list_files(root: Path, sources: list[Source], classes: tuple[str, ...]) -> list[Source]:
-    """Every file of images of some classes, with its size and times, which tell when the folder has changed."""
+    """Every image file of these classes, with its size and times, which change when the file is rewritten."""
     listing = []
     if any(source.name.startswith("../") for source in sources):
         print(f"{os.path.abspath(root)}_test: its images are the test images of {root}")
@@ -103,13 +103,13 @@ def list_files(root: Path, sources: list[Source], classes: tuple[str, ...]) -> l
 
 
 def find_classes(root: Path, sources: list[Source]) -> tuple[str, ...]:
-    """Names of the classes of a folder, those of its class folders, stacks or labels, which gives the labels 0, 1, ...
+    """Names of the classes of a folder, from its class folders, stacks or labels, in the order of the labels 0, 1, ...
 
-    They are in alphabetical order; whole numbers in files of labels are in their own. Every class folder counts, also
-    one without images, which is a class whose images are missing.
+    They are in alphabetical order; whole numbers in files of labels are in numerical order. Every class folder counts,
+    even an empty one: it is a class whose images are missing.
 
     Raises:
-        InputError: when there is none, or one with a name that no class can have.
+        InputError: when there is no class, or one with a name that no class can have.
     """
     names = _classes_of(sources)
     if _ALL in names:
@@ -128,17 +128,17 @@ def find_classes(root: Path, sources: list[Source]) -> tuple[str, ...]:
 
 
 def classes_with_files(root: str | Path) -> set[str]:
-    """Names of the classes of a folder that there are files of, sound or not; none for a folder without classes."""
+    """Names of the classes that have files in a folder, sound or not; empty for a folder without classes."""
     sources = find_sources(Path(root))
     folders = {source.path: os.listdir(source.path) for source in sources if source.path.is_dir()}
     return _classes_of([source for source in sources if any(map(is_image_file, folders.get(source.path, ["x.npy"])))])
 
 
 def read_labels(path: Path) -> list[str] | None:
-    """The class of every image of the stack images.npy, as labels.npy beside it says it; None for any other file.
+    """The class of every image of the stack images.npy, from labels.npy beside it; None for any other file.
 
     Raises:
-        InputError: when it does not hold whole numbers or texts, one for each image.
+        InputError: when labels.npy does not hold whole numbers or texts, one for each image.
     """
     file = path.with_name("labels.npy")
     if stem_of(path.name) != "images" or not file.is_file():
@@ -159,19 +159,19 @@ def read_labels(path: Path) -> list[str] | None:
 
 
 def is_class_name(name: Any) -> bool:
-    """Whether a class can have this name, that of its folder: not of a hidden one, or one that scripts here make."""
+    """Whether a class, and so its folder, can have this name: not that of a hidden folder or of one scripts make."""
     return isinstance(name, str) and bool(re.fullmatch(r"(?!\.|__pycache__$|earlier_\d+$)[^/\0]+", name))
 
 
 def are_classes(names: Any) -> bool:
-    """Whether data can have classes of these names, which a file gives: a list of different ones."""
+    """Whether names read from a file can be the classes of data: a list of different names that a class can have."""
     return (
         isinstance(names, list | tuple) and all(map(is_class_name, names)) and len({*names} - {_ALL}) == len(names) > 0
     )
 
 
 def why_missing(folder: Path, listed: int, count: int, split: str, hashed: bool) -> str:
-    """The reason that a class of ``listed`` files and ``count`` images has none in a split, and the remedy."""
+    """The reason why a class of ``listed`` files and ``count`` images has no image in a split, and what to do."""
     if count:
         how = "to which a hash of the name assigns them" if hashed else "which folders give here"
         return f"{folder}: none of its {count} images is in the split {split!r}, {how}: add images"
@@ -190,13 +190,13 @@ def _classes_of(sources: list[Source]) -> set[str]:
 
 
 def _folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder that can be those of classes, in alphabetical order."""
+    """Names of the subfolders of a folder that can be class folders, in alphabetical order."""
     inside = folder.iterdir() if folder.is_dir() else []
     return sorted(path.name for path in inside if path.is_dir() and is_class_name(path.name))
 
 
 def _in_places(places: list[Source]) -> list[Source]:
-    """Class folders of some folders; where none of these has any, their files of images."""
+    """The class folders in ``places``; if there are none, the image files in ``places``."""
     found = [
         place._replace(path=place.path / name, name=f"{place.name}{name}", of=name)
         for place in places
@@ -206,7 +206,7 @@ def _in_places(places: list[Source]) -> list[Source]:
 
 
 def _files_of(places: list[Source]) -> list[Source]:
-    """Files of images of folders without class folders: labelled stacks, a stack for each class, or images of one."""
+    """Image files of folders without class folders: labelled stacks, a stack for each class, or images of one class."""
     files = [
         place._replace(path=place.path / name, name=f"{place.name}{name}", of=_ONE_CLASS)
         for place in places

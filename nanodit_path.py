@@ -1,6 +1,6 @@
-"""Puts this repository first on the path: others, too, have modules named ``settings``, ``dataset`` or ``evaluate``.
+"""Puts this repository first on ``sys.path``: others, too, have modules named ``settings``, ``dataset``, ``evaluate``.
 
-Imported by whatever here can be the first thing that a notebook imports.
+Every module that a notebook may import first imports this one.
 """
 
 import sys

@@ -1,14 +1,14 @@
 """Reads the physical parameters of images from their folder.
 
     data/parameters.fits, data/parameters.csv    a row for each image: its file, and a column for each parameter
-    [image, v1, v2, ...]                         values that a pickled file gives behind its image: v1, v2, ...
+    [image, v1, v2, ...]                         values that follow the image in a pickled file: v1, v2, ...
     FITS headers                                 keywords of the image's own header
 
-A table stands beside the images or in a folder above them. Its column "file" (of a CSV file the first one) has the path
-of the image from the table's folder, or its name alone, or "stack.npy#3"; tables of simulate/ have "class" and "index"
-instead. Missing values may be anywhere. A column of many numbers is that of many objects: "subhalo_mass" of 25 becomes
-subhalo_mass_1, of the heaviest one, to subhalo_mass_25, and subhalo_mass_total; "source_xy" becomes source_x and
-source_y.
+A table lies beside the images or in a folder above them. Its column "file" (in a CSV file without one, the first
+column) has the path of the image from the table's folder, or its name alone, or "stack.npy#3"; tables of simulate/ have
+"class" and "index" instead. Any value may be missing. A column with many numbers a row describes many objects:
+"subhalo_mass" of 25 subhaloes becomes subhalo_mass_1, the heaviest one, to subhalo_mass_25, and their sum
+subhalo_mass_total. "source_xy" becomes source_x and source_y.
 """
 
 import csv
@@ -26,9 +26,9 @@ from parameters import Column, converted, some_of
 from settings import InputError
 
 TABLES = ("parameters.fits", "parameters.csv")
-_OF_STACK = re.compile(r"(.*)\.npy#(\d+)")  # which a table with class and index calls class/index.npy
-_MISSING = ("", "na", "n/a", "#n/a", "nan", "none", "null", "-", "--")  # cells of a CSV file without a value
-_NOWHERE, _SEVERAL = -1, -2  # in place of the number of an image
+_OF_STACK = re.compile(r"(.*)\.npy#(\d+)")  # an image that a table with class and index calls class/index.npy
+_MISSING = ("", "na", "n/a", "#n/a", "nan", "none", "null", "-", "--")  # cells of a CSV file that stand for no value
+_NOWHERE, _SEVERAL = -1, -2  # in place of the number of an image: there is none, there are several
 
 
 def read_columns(
@@ -38,12 +38,12 @@ def read_columns(
 
     Args:
         files: paths of the images relative to ``root``.
-        pickled: (n, 4), what pickled files give behind their images.
+        pickled: (n, 4), the values that follow the images in pickled files.
         names: of the parameters that are wanted.
-        lenient: whether a name that nothing has is unknown of all images.
+        lenient: True makes a parameter that is found nowhere NaN for all images.
 
     Raises:
-        InputError: for a damaged table, one that is of other images, or a name that nothing has.
+        InputError: for a damaged table, for a table of other images, or for a parameter that is found nowhere.
     """
     known = {f"v{i + 1}": Column(values) for i, values in enumerate(pickled.T) if np.isfinite(values).any()}
     if "v1" in known:
@@ -70,7 +70,7 @@ def _folders_of(file: str) -> list[str]:
 
 
 def _merge(known: dict[str, Column], table: dict[str, Column], count: int) -> None:
-    """Adds the columns of a table, whose values count before those that are there."""
+    """Adds the columns of a table to ``known``; their values, except NaN, replace those that are known already."""
     for name, column in table.items():
         before = known.get(name, Column(np.full(count, np.nan)))
         unit = before.unit or column.unit
@@ -81,11 +81,11 @@ def _merge(known: dict[str, Column], table: dict[str, Column], count: int) -> No
 def _read_table(
     path: Path, folder: str, files: Sequence[str], wanted: Sequence[str], lenient: bool
 ) -> dict[str, Column]:
-    """Columns of a table for files, some of which may not be in it.
+    """Columns of a table, in the order of ``files``; NaN for those that the table lacks.
 
     Raises:
-        InputError: for one that is damaged, or of other images, unless ``lenient``, or has no numbers of a ``wanted``
-            name.
+        InputError: for a damaged table; for one of other images, unless ``lenient``; for a ``wanted`` column that holds
+            anything but numbers.
     """
     from astropy.table import Table  # here, since it takes a second and few need it
 
@@ -100,7 +100,7 @@ def _read_table(
     here = {file.removeprefix(prefix): i for i, file in enumerate(files) if file.startswith(prefix)}
     names = _names_in(table, path)
     alone: dict[str, int] = {}
-    for file, i in here.items():  # by its name alone, where that is the only one
+    for file, i in here.items():  # by its name alone, if no other file has that name
         short = file.rsplit("/", 1)[-1]
         alone[short] = _SEVERAL if short in alone else i
     stacks = {f"{match[1]}/{match[2]}.npy": i for file, i in here.items() if (match := _OF_STACK.fullmatch(file))}
@@ -135,7 +135,7 @@ def _read_table(
 
 
 def _read_csv(path: Path) -> Any:
-    """The table of a CSV file, whose cells commas, semicolons or tabs divide."""
+    """The table of a CSV file, with commas, semicolons or tabs between its cells."""
     from astropy.io import ascii as text_tables
 
     text = path.read_text("utf-8-sig")
@@ -150,7 +150,7 @@ def _read_csv(path: Path) -> Any:
 
 
 def _names_in(table: Any, path: Path) -> list[str]:
-    """The file that each row of a table is of."""
+    """The file that each row of a table describes."""
     if "file" not in table.colnames and {"class", "index"} <= {*table.colnames}:
         return [f"{of}/{index}.npy" for of, index in zip(table["class"], table["index"], strict=True)]
     named = [name for name in table.colnames if name.strip().lower() == "file"]
@@ -161,13 +161,13 @@ def _names_in(table: Any, path: Path) -> list[str]:
 
 
 def _name_and_unit(title: str) -> tuple[str, str]:
-    """Of the title of a column, as "mass [solMass]" or "theta_E (arcsec)"."""
+    """Name and unit in the title of a column, such as "mass [solMass]" or "theta_E (arcsec)"."""
     name, square, round_ = re.fullmatch(r"\s*(.*?)\s*(?:\[([^\[\]]*)\]|\s\(([^()]*)\))?\s*", title).groups()
     return name, square or round_ or ""
 
 
 def _check_numbers(table: Any, path: Path, wanted: Sequence[str]) -> None:
-    """Raises InputError for a column of a wanted name that holds anything but numbers, with the first such cell."""
+    """Raises InputError, with the first bad cell, for a column of a wanted name that holds anything but numbers."""
     for key in table.colnames:
         if _name_and_unit(key)[0] in wanted and table[key].dtype.kind not in "iufb":
             for row, cell in enumerate(table[key].tolist()):
@@ -178,11 +178,11 @@ def _check_numbers(table: Any, path: Path, wanted: Sequence[str]) -> None:
 
 
 def _flat(table: Any, path: Path) -> dict[str, Column]:
-    """The columns of numbers of a table, each of one number a row; see the top of this file."""
+    """The numeric columns of a table, split so that each has one number a row; see the top of this file."""
     found, many = {}, {}
     for key in table.colnames:
         column = table[key]
-        counts = key == "index" and "class" in table.colnames  # the images of a class, in a table of simulate/
+        counts = key == "index" and "class" in table.colnames  # numbers the images of a class, in a table of simulate/
         if counts or column.dtype.kind not in "iufb" or column.ndim > 3:
             continue
         name, bracketed = _name_and_unit(key)
@@ -209,7 +209,7 @@ def _flat(table: Any, path: Path) -> dict[str, Column]:
 
 
 def _read_headers(root: Path, files: Sequence[str], names: Sequence[str]) -> dict[str, Column]:
-    """Keywords of FITS headers that some files have."""
+    """Columns of the parameters ``names`` that FITS headers hold as keywords; NaN for files without them."""
     from image_files import read_keywords
 
     found: dict[str, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""Physical parameters of lenses: their units, scales and ranges, and how a network is told them."""
+"""Physical parameters of lenses: their units, scales and ranges, and their phases, the angles that networks see."""
 
 import math
 import re
@@ -16,13 +16,13 @@ from torch import Tensor
 from settings import InputError
 
 SCALES = ("linear", "log10", "angle")
-_PERIODS = dict.fromkeys(("rad", "radian", "radians"), 2 * math.pi)  # by unit
+_PERIODS = dict.fromkeys(("rad", "radian", "radians"), 2 * math.pi)  # a whole turn, by unit
 _PERIODS |= dict.fromkeys(("deg", "degree", "degrees"), 360.0) | {"arcmin": 360.0 * 60, "arcsec": 360.0 * 3600}
-_LOGARITHMIC = 30  # largest over smallest value of a parameter that is told by its logarithm
-_MARGIN = 0.02  # of its range, which the largest value of a training set falls short of by chance
-_LARGEST = 1e30  # phase that anybody may ask for
-_FEW = 0.05  # of a folder's values, which may be outside the range of training
-_MOST = 1000  # parameters of a checkpoint
+_LOGARITHMIC = 30  # largest over smallest value, above which a parameter is scaled by its logarithm
+_MARGIN = 0.02  # share of the range by which the extremes of a training set may fall short of it by chance
+_LARGEST = 1e30  # largest phase that anybody may ask for
+_FEW = 0.05  # share of a folder's values that may be outside the range of training without a warning
+_MOST = 1000  # parameters of a checkpoint, at most
 
 
 class Column(NamedTuple):
@@ -38,11 +38,11 @@ class Parameter:
 
     Args:
         unit: of its values, "" without any.
-        scale: "linear", "log10", or "angle", which comes round after ``period``.
+        scale: "linear", "log10", or "angle", which repeats after ``period``.
         low, high: its range in training.
         mean, deviation: of its values in training, or of their logarithms; 0 and 1 for angles.
         period: of an angle, in its unit; 0 for others.
-        classes: those in which it was known.
+        classes: names of the classes whose training images had it.
     """
 
     name: str
@@ -62,8 +62,8 @@ class Parameter:
         return f"{self.name}:{self.scale}" + (f"/{turns}" if turns > 1 else "")
 
     def phase(self, values: np.ndarray) -> np.ndarray:
-        """Values as the angle that a network sees: once round for a period, half the distance from the mean in standard
-        deviations for others; NaN for what has no logarithm."""
+        """Values as phases, the angles that a network sees. The phase of an angle grows by 2 pi in a period; that of
+        others is half the distance from the mean in standard deviations, or NaN for a value without a logarithm."""
         if self.scale == "angle":
             return 2 * np.pi / self.period * values
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -78,13 +78,13 @@ class Parameter:
         return 10**scaled if self.scale == "log10" else scaled
 
     def beyond(self, values: np.ndarray) -> np.ndarray:
-        """Whether values are outside the range of training, by more than chance; of angles, more than a whole turn."""
+        """Whether values are outside the range of training by more than chance; for angles, beyond a whole turn."""
         if self.scale == "angle":
             return np.abs(values) > 1.001 * _PERIODS.get(self.unit.lower(), 2 * math.pi)
         low, high = self.phase(np.array([self.low, self.high]))
         margin = _MARGIN * (high - low)
         phases = self.phase(values)
-        return ~((low - margin <= phases) & (phases <= high + margin))  # what has no logarithm is beyond
+        return ~((low - margin <= phases) & (phases <= high + margin))  # values without a logarithm are outside, too
 
     def __str__(self) -> str:
         unit = f" {self.unit}" if self.unit else ""
@@ -94,17 +94,17 @@ class Parameter:
 def fit(specifications: Sequence[str], columns: Mapping[str, Column], of_classes: Sequence[str]) -> list[Parameter]:
     """The parameters of a training set.
 
-    Those of a kind of objects, as subhalo_mass_1 and subhalo_mass_2, have one scale, mean and deviation: a network sees
-    all of these objects alike, so the same phase has to be the same mass.
+    A quantity of several objects, such as subhalo_mass_1 and subhalo_mass_2, has one scale, mean and deviation for all:
+    a network treats these objects alike, so equal phases must mean equal masses.
 
     Args:
-        specifications: names, each with its scale behind a colon where it is not to be found out: "source_x:linear",
+        specifications: names, each with a colon and its scale, unless the values are to decide: "source_x:linear",
             "axion_mass:log10", or "vortex_angle:angle/2" for a direction, which is the same after half a turn.
         columns: of the training images.
         of_classes: class of each image.
 
     Raises:
-        InputError: for a scale that does not fit, or a parameter that is nowhere known or the same everywhere.
+        InputError: for a scale that does not fit, or for a parameter that is known nowhere or the same in all images.
     """
     told = list(map(_parse, specifications))
     alike = {}
@@ -143,7 +143,7 @@ def fit(specifications: Sequence[str], columns: Mapping[str, Column], of_classes
 
 
 def are_of(specifications: Sequence[str], parameters: Sequence[Parameter]) -> bool:
-    """Whether specifications are of these parameters, in the same order, and of their scales where they name any."""
+    """Whether specifications name these parameters in this order, with their scales where any are given."""
     known = [of.specification.partition(":")[::2] for of in parameters]
     told = [_parse(specification) for specification in specifications]
     return len(told) == len(known) and all(
@@ -152,15 +152,15 @@ def are_of(specifications: Sequence[str], parameters: Sequence[Parameter]) -> bo
 
 
 def name_of(specification: str) -> str:
-    """The name in front of the scale."""
+    """The name in a specification, without the scale."""
     return _parse(specification)[0]
 
 
 def converted(name: str, column: Column, unit: str) -> np.ndarray:
-    """Values of a column in a unit; as they are where either unit is not known.
+    """Values of a column converted to a unit; unchanged if either unit is not given.
 
     Raises:
-        InputError: for units of different things, or one that nobody knows.
+        InputError: for units that do not convert, or an unknown unit.
     """
     values, own = column
     if not (own and unit) or own == unit:
@@ -176,7 +176,7 @@ def converted(name: str, column: Column, unit: str) -> np.ndarray:
 
 
 def warn_of_others(parameters: Sequence[Parameter], columns: Mapping[str, np.ndarray], of: str | Path) -> None:
-    """Warns where a folder's values are not those that a network was trained on, as when their unit is another one."""
+    """Warns if many values of a folder are outside the range that a network was trained on, as with another unit."""
     for parameter in parameters:
         values = columns[parameter.name]
         values = values[np.isfinite(values)]
@@ -185,19 +185,19 @@ def warn_of_others(parameters: Sequence[Parameter], columns: Mapping[str, np.nda
 
 
 def phases(parameters: Sequence[Parameter], columns: Mapping[str, np.ndarray]) -> Tensor:
-    """Values (n,) of parameters by name as (n, parameters) float32, as a network sees them; NaN where unknown."""
+    """Phases (n, parameters) float32, as a network sees them, of values (n,) by name; NaN where unknown."""
     return torch.from_numpy(np.stack([of.phase(columns[of.name]) for of in parameters], 1).astype(np.float32))
 
 
 def objects(parameters: Sequence[Parameter], beside_lens: bool = True) -> list[list[list[int]]]:
-    """Which parameters belong together, by their numbers: for each kind of objects, for each of these, its parameters,
-    and then those of the lens, by which it depends what a subhalo does to an image.
+    """Indices of the parameters of each object: a list for each kind of object, and in it a list for each object.
 
-    Those of a name and number, as subhalo_x_3 and subhalo_y_3, are of one object if it has a mass, subhalo_mass_3; the
-    others, such as gamma_1 and gamma_2, are of the lens, where each has a meaning of its own.
+    An object beside the lens, such as a subhalo, has the lens's parameters behind its own, since what it does to an
+    image depends on the lens. Parameters that share a number, such as subhalo_x_3 and subhalo_y_3, are of one object if
+    it has a mass, subhalo_mass_3. All others are of the lens, even gamma_1 and gamma_2.
 
     Args:
-        beside_lens: False gives each object its own parameters alone, as older generators see them.
+        beside_lens: False gives such an object its own parameters alone, as older generators see them.
     """
     found = _by_object(parameters)
     kinds: dict[tuple[str, ...], list[list[int]]] = {}
@@ -210,8 +210,8 @@ def objects(parameters: Sequence[Parameter], beside_lens: bool = True) -> list[l
 
 
 def placed(parameters: Sequence[Parameter]) -> list[list[int]]:
-    """Objects beside the lens whose place is told, by subhalo_x_1 and subhalo_y_1: for each, the numbers of its
-    parameters, of which those of x and y are the last. Where several kinds have places, those of the largest one."""
+    """Indices of the parameters, x and y last, of each object beside the lens that has a position, as subhalo_x_1 and
+    subhalo_y_1 give it. If several kinds of objects have positions, only the kind with the most objects counts."""
     kinds: dict[tuple[str, ...], list[list[int]]] = {}
     for (kind, number), of_object in _by_object(parameters).items():
         if number and {"x", "y"} < of_object.keys():
@@ -223,15 +223,15 @@ def placed(parameters: Sequence[Parameter]) -> list[list[int]]:
 def asked(
     parameters: Sequence[Parameter], given: Mapping[str, Any] | None, count: int, name: str
 ) -> dict[str, np.ndarray]:
-    """What is asked for, as values (count,) of every parameter, NaN where nothing is.
+    """Values (count,) that are asked for of every parameter, by name; NaN where none is asked for.
 
     Args:
         given: a number, or an array of ``count``, for some parameters by name.
-        name: of the class that is asked for; a warning says where it was trained on no such values.
+        name: of the class that is asked for; a warning says which values are outside what it was trained on.
 
     Raises:
-        InputError: with the names, units and ranges, for a parameter that there is not, or with its name for values
-            that cannot be.
+        InputError: for an unknown parameter, with the names, units and ranges of those that there are; for values that
+            no image can have, with the name of the parameter.
     """
     columns = {parameter.name: np.full(count, np.nan) for parameter in parameters}
     if given is not None and not isinstance(given, Mapping):
@@ -242,7 +242,7 @@ def asked(
             raise InputError(f"no parameter {key!r}: {some_of(near, '; ') if near else 'it was trained without any'}")
         parameter = next(of for of in parameters if of.name == key)
         try:
-            if hasattr(values, "to_value"):  # with a unit of astropy's
+            if hasattr(values, "to_value"):  # an astropy quantity, which has a unit
                 values = values.to_value(parameter.unit)
             if np.iscomplexobj(values):
                 raise TypeError
@@ -267,7 +267,7 @@ def from_plain(content: Any) -> list[Parameter]:
     """Parameters of a checkpoint.
 
     Raises:
-        ValueError, TypeError: for what are none.
+        ValueError, TypeError: if they are not valid parameters.
     """
     found = [Parameter(**{**of, "classes": tuple(of["classes"])}) for of in content]
     for of in found:
@@ -282,7 +282,7 @@ def from_plain(content: Any) -> list[Parameter]:
 
 
 def _by_object(parameters: Sequence[Parameter]) -> dict[tuple[str, str], dict[str, int]]:
-    """For the lens, ("", ""), and each object beside it, (kind, number), the number of each quantity."""
+    """Indices of the parameters by quantity, for the lens, ("", ""), and for each object beside it, (kind, number)."""
     found: dict[tuple[str, str], dict[str, int]] = {}
     for i, (kind, quantity, number) in enumerate(_owners([parameter.name for parameter in parameters])):
         found.setdefault((kind, number), {})[quantity] = i
@@ -290,8 +290,8 @@ def _by_object(parameters: Sequence[Parameter]) -> dict[tuple[str, str], dict[st
 
 
 def _owners(names: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Of each name, the kind of object it is of, what it says of it, and the number of the object; of "subhalo_x_3"
-    these are "subhalo_", "x" and "3", and of "source_x", which is of the lens, "", "source_x" and ""."""
+    """The kind of object, the quantity and the number of the object in each name: "subhalo_", "x" and "3" for
+    "subhalo_x_3"; "", "source_x" and "" for "source_x", which is of the lens."""
     masses = {match[1] for name in names if (match := re.fullmatch(r"(.*)mass_\d+", name))}
     found = []
     for name in names:

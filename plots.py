@@ -1,4 +1,4 @@
-"""The pictures the scripts write: image grids, training curves, confusion matrices."""
+"""The pictures that scripts write: image grids, training curves, confusion matrices and other plots."""
 
 import csv
 import gc
@@ -18,7 +18,7 @@ from settings import InputError
 
 _SOFTENING = 0.05  # brightness of colours above which they are shown on a logarithmic scale
 _FORMATS = ("png", "pdf", "svg", "jpg")
-own_style = style.context("default")  # decorates what draws: a matplotlibrc must not change the pictures of a run
+own_style = style.context("default")  # for every function that draws: a matplotlibrc must not change the pictures
 
 
 @own_style
@@ -53,10 +53,10 @@ def image_grid(
 
 
 def stretched(channels: np.ndarray) -> np.ndarray:
-    """An image (c, h, w) in [0, 1] as it is shown: (h, w), or (h, w, 3) of three channels, red, green and blue.
+    """An image (c, h, w) in [0, 1] as it is shown: (h, w), or (h, w, 3) if its channels are red, green and blue.
 
-    Its sky is dark, by one standard deviation of the noise. Colours are brightened by asinh, which keeps their ratios
-    (Lupton et al. 2004, astro-ph/0312483); other numbers of channels are shown as their mean.
+    Black is one standard deviation of the noise below the sky. Colours are brightened by asinh, which keeps their
+    ratios (Lupton et al. 2004, astro-ph/0312483). Any number of channels but three is shown as the mean of these.
     """
     light = channels if len(channels) == 3 else channels.mean(0, keepdims=True)
     sky = np.median(light, (1, 2), keepdims=True)
@@ -99,7 +99,7 @@ def training_curves(folder: str | Path, history: list[dict[str, float]], panels:
 
 @own_style
 def confusion_matrix(counts: np.ndarray, classes: tuple[str, ...], title: str = "") -> Figure:
-    """A confusion matrix: counts[i, j] images of class i called class j, with their share of class i."""
+    """A confusion matrix: counts[i, j] images of class i classified as class j, with their share of class i."""
     size = max(4.0, 0.9 * len(classes))
     figure = Figure(figsize=(size + 0.5, size), layout="constrained")
     axis = figure.subplots()
@@ -156,7 +156,7 @@ def histograms(panels: dict[str, dict[str, np.ndarray]], xlabel: str) -> Figure:
 
 @own_style
 def recovery(rows: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]], xlabel: str = "asked for") -> Figure:
-    """Values that are read against those asked for: row -> panel -> (asked, read (n,)); columns share axes."""
+    """Values read off images against those asked for: row -> panel -> (asked, read (n,)); columns share axes."""
     columns = max(len(panels) for panels in rows.values())
     figure = Figure(figsize=(3.2 * columns, 3.2 * len(rows)), layout="constrained")
     for axes, (name, panels) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True):
@@ -173,7 +173,7 @@ def recovery(rows: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]], xlabel: 
 
 
 def _literal(text: str) -> str:
-    """A text to draw in which dollars do not stand for mathematics: names of folders are anything, also not UTF-8."""
+    """A text that is drawn as it is, dollars included; names of folders may be anything, even invalid UTF-8."""
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
@@ -182,7 +182,7 @@ def check_format(path: str | Path) -> None:
     if Path(path).suffix[1:].lower() not in _FORMATS:
         raise InputError(f"{path}: its name must end in one of {', '.join(f'.{ending}' for ending in _FORMATS)}")
     if Path(path).is_dir():
-        raise InputError(f"{path} is a folder: a picture needs a name that is free")
+        raise InputError(f"{path} is a folder: give the picture another name")
 
 
 @own_style
@@ -191,4 +191,4 @@ def save(figure: Figure, path: str | Path) -> None:
     with whole(path) as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a class may have a name that the font has no letters for
         figure.savefig(file, dpi=120, format=Path(path).suffix[1:].lower())
-    gc.collect()  # the parts of a figure refer to each other, and memory would grow until they are looked for
+    gc.collect()  # the parts of a figure refer to each other, and memory would grow until Python looks for such cycles

@@ -5,8 +5,8 @@
     if __name__ == "__main__":
         settings.run(main, globals())   # --batch_size 32 sets BATCH_SIZE, then main() runs
 
-The annotation of a constant says what it may be (``Count``, ``Fraction``, ``Literal["a", "b"]``, ``float | None``), and
-is checked in the same way whether the value was written into the script or given as a flag. The comment behind a
+The annotation of a constant says what it may be (``Count``, ``Fraction``, ``Literal["a", "b"]``, ``float | None``). Its
+value is checked in the same way whether it was written into the script or given as a flag. The comment behind a
 constant is its help. Relative paths written in a script mean "inside this repository", relative paths given as a flag
 mean "from the current folder". A recipe is a named set of constants: a flag overrides it, and it overrides the script.
 """
@@ -66,7 +66,7 @@ Epochs = Annotated[int, Interval(1, 10**6)]
 Splits = Annotated[int, Interval(2, 10**4)]  # one would have no standard deviation
 Positive = Annotated[float, Interval(0, low_open=True)]
 NotNegative = Annotated[float, Interval(0)]
-Guidance = Annotated[float, Interval(0, 1000)]  # more has no meaning, and ends in numbers that are none
+Guidance = Annotated[float, Interval(0, 1000)]  # more has no meaning, and ends in NaN or Inf
 Fraction = Annotated[float, Interval(0, 1, high_open=True)]
 FirstTime = Annotated[float, Interval(0.9, 1, high_open=True)]
 LastTime = Annotated[float, Interval(0, 0.9, low_open=True, high_open=True)]
@@ -77,7 +77,7 @@ Names = tuple[str, ...]  # as a flag, with commas between
 class InputError(Exception):
     """A mistake in what the user gave: a file, a folder or a setting. Its text is one line that says what to do.
 
-    ``status`` is the exit status of the script that it ends: 2 where there is nothing to begin with, 1 elsewhere.
+    ``status`` is the exit status of the script that it ends: 2 if the script could not begin, 1 otherwise.
     """
 
     def __init__(self, text: str, status: int = 1):
@@ -86,7 +86,7 @@ class InputError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks this process to end, raised where it was."""
+    """A signal that asks this process to end, raised as an exception."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -106,12 +106,12 @@ def run(
         main: what the script does.
         script: its ``globals()``.
         required: names of constants that have no usable default.
-        torchrun: whether the script can be spread over many processes; only the first of them speaks.
+        torchrun: whether the script can be spread over many processes; only the first of them prints.
         recipes: sets of constants that --recipe can name; name -> script -> constants.
     """
     from files import release  # here, so that --help starts fast
 
-    # A log file shows each line at once, and a console without the accent of Fréchet a question mark
+    # A log file gets each line at once; a console that has no é for Fréchet shows a question mark
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     origins = from_flags(script, required=required, recipes=recipes)
     process, processes = "", 1
@@ -126,12 +126,12 @@ def run(
         _adapt_progress_bars(rank)
         if recipes and origins:
             print("settings: " + ", ".join(f"{name} {script[name]} ({by})" for name, by in origins.items()))
-        # Where many meet, they wait for each other in code that no handler interrupts: there, signals end them as usual
+        # Many processes wait for each other in code that no handler interrupts: there, signals end them as usual
         with _ending_signals() if processes == 1 else nullcontext():
             main()
     except InputError as error:
         stop(f"{process}{error}", error.status)
-    except BrokenPipeError:  # of head, say, which has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:  # a full disk, a folder that must not be written to
@@ -142,7 +142,7 @@ def run(
         if _is_out_of_memory(error):
             stop(process + _memory_advice(script))
         if isinstance(error, BrokenExecutor):
-            stop("a worker process was killed, for want of memory perhaps: try fewer --num_workers")
+            stop("a worker process was killed, perhaps because memory ran out: try fewer --num_workers")
         if processes > 1 and re.search("gloo|NCCL|ncclRemoteError|onnection (closed|reset)", str(error)):
             stop(f"{process}lost the other processes: the one that ended first says why")
         raise
@@ -164,7 +164,7 @@ def from_flags(
         required, recipes: see ``run``.
 
     Returns:
-        Who set each constant that is not as the script has it: "recipe NAME" or "flag".
+        What set each constant that is not as in the script: "recipe NAME" or "flag".
 
     Raises:
         SystemExit: with status 2 and one line on stderr for an unknown flag, or a value that the annotation of its
@@ -203,10 +203,10 @@ def from_flags(
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:
-    """An argument of a kind, as a constant would be checked; a number of NumPy or torch becomes one of Python.
+    """An argument, checked as a constant of this kind would be; a number of NumPy or torch becomes one of Python.
 
     Raises:
-        InputError: with its name, for anything else.
+        InputError: with its name, if it is not of this kind.
     """
     if getattr(value, "ndim", None) == 0:
         value = value.item()
@@ -221,16 +221,16 @@ def constants(script: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_there(*paths: str) -> str:
-    """The first of some paths inside the repository that there is, or the last one: what was trained here, say, or else
-    what the repository holds."""
+    """The first of some paths inside the repository that exists, or else the last one: a file that was trained here,
+    say, or else the one that comes with the repository."""
     return next((path for path in paths if (ROOT / path).exists()), paths[-1])
 
 
 def place() -> tuple[int, int]:
-    """Rank of this process and how many there are, as torchrun says; 0 and 1 without it.
+    """Rank of this process and number of processes, as torchrun sets them; 0 and 1 without it.
 
     Raises:
-        InputError: for half of what torchrun sets, as other launchers and batch scripts leave it.
+        InputError: when only some of torchrun's variables are set, as by other launchers and batch scripts.
     """
     told = {name: os.environ.get(name, "").strip() for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
     if told["WORLD_SIZE"] in ("", "1"):
@@ -248,9 +248,9 @@ def place() -> tuple[int, int]:
 
 def stop_on_signal() -> Callable[[], bool]:
     """Lets a loop finish its step on Ctrl-C, on SIGTERM, which is how SLURM ends a job, and on SIGHUP, which comes when
-    the terminal is gone; a second Ctrl-C ends at once.
+    the terminal is gone. A second Ctrl-C ends the process at once.
 
-    Not under torchrun, which passes on the signals that its processes have had already.
+    Under torchrun it does not: torchrun passes on signals that its processes have received already.
 
     Returns:
         A function that says whether a signal has come.
@@ -268,7 +268,7 @@ def stop_on_signal() -> Callable[[], bool]:
 
 
 def as_worker() -> None:
-    """For the processes of a pool: the main one stops them, and when it is gone they end too."""
+    """Prepares a process of a pool: only the main process stops it, and it ends when the main process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     main = multiprocessing.parent_process()
@@ -311,7 +311,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _annotations(script: dict[str, Any]) -> dict[str, Any]:
     """Annotations of the constants of a script, by name."""
-    if "__annotate__" in script:  # from Python 3.14 on, annotations are computed when somebody asks (PEP 649)
+    if "__annotate__" in script:  # from Python 3.14 on, annotations are computed when they are used (PEP 649)
         return script["__annotate__"](1)
     return script.get("__annotations__", {})
 
@@ -319,7 +319,7 @@ def _annotations(script: dict[str, Any]) -> dict[str, Any]:
 def _fault(value: Any, kind: Any, name: str = "") -> str | None:
     """The complaint about a value that is not of the kind of its constant; None for one that is."""
     if name.endswith(PATH_ENDINGS) and value == "":
-        return "a path is empty, as of a shell variable that is not set"
+        return "a path is empty: perhaps a shell variable is not set"
     choices = get_args(kind)
     if get_origin(kind) is Literal:
         fits = any(value == choice and type(value) is type(choice) for choice in choices)
@@ -353,7 +353,7 @@ def _reader(kind: Any, name: str) -> Callable[[str], Any]:
 
 
 def _value(text: str, kind: Any) -> Any:
-    """The value of a kind that a text stands for, or else the text itself."""
+    """The value of a kind that a text stands for; the text itself if there is none."""
     choices = get_args(kind)
     if get_origin(kind) is Literal:
         return next((choice for choice in choices if str(choice) == text), text)
@@ -374,7 +374,7 @@ def _value(text: str, kind: Any) -> Any:
 
 
 def _ending() -> list[signal.Signals]:
-    """Signals that ask to end, but those that are ignored on purpose, as nohup does with SIGHUP."""
+    """Signals that ask a process to end, except those ignored on purpose, as SIGHUP under nohup."""
     names = ("SIGTERM", "SIGHUP")  # Windows has no SIGHUP
     there = [signal.Signals[name] for name in names if hasattr(signal, name)]
     return [number for number in there if signal.getsignal(number) is not signal.SIG_IGN]
@@ -382,7 +382,7 @@ def _ending() -> list[signal.Signals]:
 
 @contextmanager
 def _ending_signals() -> Iterator[None]:
-    """A signal that asks to end is raised as ``Stopped``, so that what was begun is tidied up; then as before."""
+    """Raises signals that ask to end as ``Stopped``, so that clean-up code runs; afterwards restores the handlers."""
 
     def receive(number: int, frame: object) -> NoReturn:
         raise Stopped(number)
@@ -397,7 +397,7 @@ def _ending_signals() -> Iterator[None]:
 
 
 def _adapt_progress_bars(rank: int) -> None:
-    """No progress bars but those of the first process; and a line a minute where they go to a log file."""
+    """Shows progress bars of the first process only, and writes them as one line a minute if they go to a log file."""
     given: dict[str, Any] = {"disable": True} if rank > 0 else {}
     if not sys.stderr.isatty():
         given |= {"mininterval": LOG_INTERVAL, "maxinterval": LOG_INTERVAL, "delay": LOG_INTERVAL}
@@ -427,7 +427,7 @@ class _Lines:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU has no memory left, or the machine, as torch and NumPy report it."""
+    """Whether an error of torch or NumPy says that the GPU or the machine has no memory left."""
     text = f"{type(error).__name__} {error}"
     return isinstance(error, MemoryError) or bool(re.search("OutOfMemory|out of memory|allocate memory", text))
 

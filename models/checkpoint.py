@@ -1,7 +1,7 @@
 """The checkpoint format: a dictionary saved by torch, with the network's own configuration inside.
 
-``model_state_dict``, ``ema_state_dict`` (ema-pytorch's), ``codec_state_dict`` and ``population_state_dict`` of a
-generator that has them, what ``Generator.description`` says, and what training needs.
+It holds ``model_state_dict``, ``ema_state_dict`` (ema-pytorch's), ``codec_state_dict`` and ``population_state_dict`` of
+a generator that has these, the entries of ``Generator.description``, and what training needs to go on.
 Files of the published code, without a configuration and with NumPy scalars among their numbers, load too, and so do
 ``.safetensors`` files, which hold the weights to use and how they were made. No file can run code, and none can make
 the reader allocate more than a few times its own size: see ``load_checkpoint``.
@@ -26,7 +26,7 @@ from files import whole
 from settings import InputError
 
 PARTS = ("codec", "population")  # what a .safetensors file holds beside the network, under names "codec.mean" and so on
-_RENAMED = {"nanodit_s64.safetensors": "component_mlp.safetensors"}  # files of weights/, under their old names
+_RENAMED = {"nanodit_s64.safetensors": "component_mlp.safetensors"}  # files of weights/, by their old names
 # The published checkpoints hold the loss and the learning rate as NumPy scalars, named as NumPy 1 or NumPy 2 names them
 _NUMPY_SCALAR = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
@@ -43,7 +43,7 @@ def save_checkpoint(path: str | Path, **content: Any) -> None:
     Raises:
         OSError: when it cannot be written; an older file of that name is still there.
     """
-    packed = io.BytesIO()  # torch dies of a full disk without a word about it
+    packed = io.BytesIO()  # torch itself fails on a full disk without saying why
     torch.save(content | {"checksum": checksum(content)}, packed)
     with whole(path, sync=True) as file:
         file.write(packed.getbuffer())
@@ -62,7 +62,7 @@ def save_weights(path: str | Path, weights: dict[str, torch.Tensor], **content: 
 
 
 def checksum(content: Any) -> str:
-    """Of everything in a checkpoint, in hexadecimal; a bit that has changed on the disk changes it."""
+    """Checksum of everything in a checkpoint, in hexadecimal; any bit that changes on the disk changes it."""
     digest = hashlib.blake2b(digest_size=16)
 
     def add(value: Any) -> None:
@@ -115,9 +115,9 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
 
 
 def progress(path: str | Path) -> tuple[float, str | None] | None:
-    """Epochs that the training of a checkpoint has behind it, and the name of its run; None for a damaged file.
+    """Epochs that a checkpoint has been trained for, and the name of its run; None for a damaged file.
 
-    Reads no tensor, and trusts nothing: ``load_checkpoint`` says what is wrong with a file.
+    Reads no tensor and runs no code of the file. ``load_checkpoint`` says what is wrong with a damaged one.
     """
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALAR):
@@ -151,7 +151,7 @@ def _read_safetensors(path: str | Path, device: str | torch.device) -> dict[str,
 
 
 def _apart(content: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of PARTS, which a .safetensors file holds beside those of the network, in places of their own."""
+    """The content with the tensors of PARTS in dictionaries of their own; .safetensors files mix them with the rest."""
     for part in PARTS:
         weights, prefix = content["model_state_dict"], f"{part}."
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
@@ -171,22 +171,22 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def generator_weights(content: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights to generate with, under plain names: those of the EMA, or the others of a checkpoint without it."""
+    """The weights to generate with, under plain names: those of the EMA, or the network's own if there is no EMA."""
     prefix = "ema_model."
     ema = {k.removeprefix(prefix): v for k, v in content.get("ema_state_dict", {}).items() if k.startswith(prefix)}
     return plain_names(ema or content["model_state_dict"])
 
 
 def plain_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights without what compiled and data-parallel modules put before their names."""
+    """Weights under names without the prefixes that compiled and data-parallel modules add."""
     return {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value for name, value in weights.items()}
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Puts weights into a module, under names as compiled and data-parallel modules save them too.
+    """Loads weights into a module; their names may have the prefixes of compiled and data-parallel modules.
 
     Raises:
-        InputError: when they do not fit, or one of them is no number.
+        InputError: when they do not fit the module, or hold NaN or Inf.
     """
     try:
         module.load_state_dict(plain_names(weights))
@@ -196,7 +196,7 @@ def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path
 
 
 def check_numbers(weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Raises InputError when one of the weights is no number."""
+    """Raises InputError when the weights hold NaN or Inf."""
     for name, value in weights.items():
         if not value.isfinite().all():
             raise InputError(f"{path}: its weights {name} hold NaN or Inf: the training that made it had diverged")

@@ -24,14 +24,14 @@ from settings import ROOT, InputError, first_there
 
 # What the published checkpoints leave out
 _PUBLISHED = {"image_size": 224, "classes": ("axion", "cdm", "no_sub"), "channels": 1, "kinds": ()}
-_LIKE = 0.99  # share of the validation images that are like those of training
-_LEAST_VARIANCE = 1e-4  # of features, as a share of the largest
+_LIKE = 0.99  # share of the validation images that count as like those of training
+_LEAST_VARIANCE = 1e-4  # of features in any direction, as a share of the largest
 
 
 def classifier_transforms(images: np.ndarray | Tensor, size: int = 224) -> Tensor:
-    """Images of any range to the input of ResNet18, (..., 3 or c, size, size) with ImageNet's mean and deviation.
+    """Turns images of any range into ResNet18's input, (..., 3 or c, size, size), with ImageNet's mean and deviation.
 
-    One channel is repeated three times; a number of channels other than one and three keeps its own.
+    One channel is repeated three times; other numbers of channels stay as they are.
     """
     images = normalize(images)
     if images.shape[-1] != size:
@@ -49,12 +49,12 @@ class LensClassifier(torchvision.models.ResNet):
         image_size: pixels that images are resized to.
         classes: names of its outputs.
         channels: of the images.
-        kinds: "like", and ways to be unlike the training images that it was shown; empty where it was shown none.
-        calibration: what it knows about its own answers, see ``calibrate``; None where nobody has found out.
+        kinds: "like", then the ways to differ from the training images that it has learned; empty if it learned none.
+        calibration: how far its answers can be trusted, see ``Calibration``; None before ``calibrate``.
     """
 
     def __init__(self, image_size: int, classes: Sequence[str], channels: int = 1, kinds: Sequence[str] = ()):
-        # Last layers of residual blocks at zero: it learns faster from scratch
+        # The last layers of residual blocks start at zero, since it learns faster from scratch then
         super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=len(classes), zero_init_residual=True)
         if channels not in (1, 3):
             self.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
@@ -71,21 +71,21 @@ class LensClassifier(torchvision.models.ResNet):
         return self.fc(self.features(images))
 
     def description(self) -> dict[str, Any]:
-        """What a checkpoint says of it."""
+        """Its configuration, as a checkpoint holds it."""
         told = {"image_size": self.image_size, "classes": list(self.classes), "channels": self.channels}
         return told | ({"kinds": list(self.kinds)} if self.kinds else {})
 
 
 class Calibration(nn.Module):
-    """What makes the probabilities of a classifier right on average, and what says whether an image is like those of
-    its training.
+    """Makes the probabilities of a classifier right on average, and tells whether an image is like its training images.
 
     Buffers:
-        temperature: that its logits are divided by (Guo et al. 2017, arXiv:1706.04599).
-        centre, whitening: of the features (512) of training images: distances are those of Mahalanobis (Lee et al.
-            2018, arXiv:1807.03888).
-        pixels: on a side of these images; of another size, images are resized, which blurs them.
-        limit: distance that one in a hundred validation images exceeds, the faintest ones for themselves, too.
+        temperature: the logits are divided by it (Guo et al. 2017, arXiv:1706.04599).
+        centre, whitening: mean (512,) and whitening matrix (512, 512) of the features of training images, by which
+            ``distance`` is that of Mahalanobis (Lee et al. 2018, arXiv:1807.03888).
+        pixels: side of the training images in pixels; images of another size are resized, which blurs them.
+        limit: distance that one in a hundred validation images exceeds, or one in a hundred of the faintest ones,
+            whichever is larger.
     """
 
     def __init__(self, features: int = 512):
@@ -97,7 +97,7 @@ class Calibration(nn.Module):
         self.register_buffer("pixels", torch.zeros(()))
 
     def distance(self, features: Tensor) -> Tensor:
-        """Distances of features (n, 512) from those of training images, (n,), where 1 is the limit."""
+        """Distances (n,) of features (n, 512) from those of training images, in units of ``limit``."""
         white = (features.to(self.centre) - self.centre) @ self.whitening
         return white.square().mean(1).sqrt() / self.limit
 
@@ -125,14 +125,14 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Len
     model = build_classifier(image_size, classes, channels, kinds)
     if any(name.startswith("calibration.") for name in content["model_state_dict"]):
         model.calibration = Calibration(model.fc.in_features)
-        content["model_state_dict"].setdefault("calibration.pixels", torch.tensor(float(image_size)))  # once not kept
+        content["model_state_dict"].setdefault("calibration.pixels", torch.tensor(float(image_size)))  # older files
     load_weights(model, content["model_state_dict"], path)
     return model.to(device).eval().requires_grad_(False)
 
 
 def default_classifier(instrument: str | None = None) -> str:
-    """The path of the classifier that was trained here, or else of that of the repository: for noise-free images, or
-    for those that a telescope sees."""
+    """The path of the classifier that was trained here, or else of one in weights/: that for noise-free images, or, if
+    an instrument is named, that for images as a telescope sees them."""
     shipped = "resnet18_observed" if instrument else "resnet18_lens"
     here = "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt"
     return str(ROOT / first_there(here, f"weights/{shipped}.safetensors"))
@@ -144,7 +144,7 @@ def classify(
 ) -> tuple[Tensor, Tensor]:
     """Probabilities (n, classes) and pooled features (n, 512) of images (n, c, h, w) of any range, on the CPU.
 
-    A classifier of one channel sees the mean of several.
+    A classifier of one channel sees the mean of all channels.
     """
     device = model.fc.weight.device
     images = images.mean(1, keepdim=True) if model.channels == 1 and images.shape[1] > 1 else images
@@ -159,10 +159,10 @@ def classify(
 
 @torch.inference_mode()
 def unlikeness(model: LensClassifier, features: Tensor, size: int) -> list[str]:
-    """How images of ``size`` pixels on a side, with features (n, 512), are unlike those of a classifier's training.
+    """How images of ``size`` pixels on a side, with features (n, 512), differ from a classifier's training images.
 
-    "another size"; a name of ``kinds`` where it was shown such images, else "unlike"; "" for an image that is like
-    them, and for all where there is no ``calibration``.
+    For each image "another size", one of ``kinds``, or "unlike"; "" for an image that is like the training images, and
+    for every image if there is no ``calibration``.
     """
     if model.calibration is None:
         return [""] * len(features)
@@ -184,11 +184,11 @@ def calibrate(
     """Finds the ``calibration`` of a trained classifier.
 
     Args:
-        train: images (n, c, s, s) that features are known from.
-        validation, labels: others (m, c, s, s) with their classes (m,).
-        faintest: images whose noise is the most that the classifier has seen; they are like those of training, too.
+        train: training images (n, c, s, s), whose features give ``centre`` and ``whitening``.
+        validation, labels: other images (m, c, s, s) and their classes (m,).
+        faintest: images with the most noise that the classifier has seen; these count as like training images, too.
     """
-    from scipy.optimize import minimize_scalar  # here: to classify takes none of it
+    from scipy.optimize import minimize_scalar  # here: classifying does not need it
 
     model.calibration = None
     probabilities, features = classify(model, validation)
@@ -202,7 +202,7 @@ def calibrate(
     known = classify(model, train)[1].double()
     found.centre.copy_(known.mean(0))
     variance, directions = torch.linalg.eigh(known.T.cov())
-    # Directions without any variance say nothing: they count as the least one that does
+    # Directions without any variance say nothing: theirs is set to the least variance that counts
     least = _LEAST_VARIANCE * variance[-1]
     found.whitening.copy_(directions / variance.clamp_min(least).sqrt())
     like = [features] if faintest is None else [features, classify(model, faintest)[1]]

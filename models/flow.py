@@ -4,8 +4,8 @@ Images x live at t = 0 and Gaussian noise at t = 1; between them z_t = (1 - t) x
 velocity that a network learns (Lipman et al. 2022, arXiv:2210.02747, Eq. 22-23; Liu et al. 2022, arXiv:2209.03003,
 Eq. 1). New images come from integrating the learned velocity from noise at t = 1 down to t = 0.
 
-Nothing here knows a network: ``velocity`` is any function of z (n, ...), t (n,) and a condition (n, ...), which is what
-each image is asked for: its label, say.
+Nothing here depends on a network: ``velocity`` is any function of z (n, ...), t (n,) and a condition (n, ...), which
+says what each image should show: its label, say.
 """
 
 import math
@@ -37,7 +37,7 @@ def velocity_from_image(image: Tensor, z: Tensor, t: Tensor) -> Tensor:
 
 
 def to_velocity(output: Tensor, z: Tensor, t: Tensor, prediction: str) -> Tensor:
-    """Velocity that the output of a network stands for: itself, or the way from z to the clean image it predicts."""
+    """Velocity from the output of a network: the output itself, or that of the path to the clean image it predicts."""
     return velocity_from_image(output, z, t) if prediction == "image" else output
 
 
@@ -57,26 +57,26 @@ def objective(
         x, noise: ends of the paths, (n, ...).
         t: time in [0, 1] of each, (n,).
         condition: of each, (n, ...).
-        weigh: linear map of the errors (n, ...) that says which of them count.
+        weigh: linear map of the errors (n, ...) that gives them their weights.
     """
     z = interpolate(x, noise, t)
     velocity = to_velocity(network(z, t, condition).float(), z, t, prediction)
     error = weigh(velocity - (noise - x)).square().flatten(1).mean(1)
-    if prediction == "image":  # the error of the image over t, whose weight must stay finite (arXiv:2511.13720)
+    if prediction == "image":  # this is the error of the image over t: its weight must stay finite (arXiv:2511.13720)
         error = error * (t / _T_FLOOR).clamp_max(1).square()
     return error.mean()
 
 
 def generator_of(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The random stream of a training step: always the same one, wherever a run was stopped or how it is spread."""
+    """The random stream of a training step: the same one wherever a run was stopped and on however many processes."""
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state[0] >> 1))
 
 
 def draw_times(n: int, distribution: str, random: torch.Generator, median: float, width: float) -> Tensor:
-    """Times (n,) in (0, 1): "uniform", or "logit_normal", where log(t / (1 - t)) is normal and of that width.
+    """Times (n,) in (0, 1): "uniform", or "logit_normal", where log(t / (1 - t)) is normal with deviation ``width``.
 
-    Esser et al. 2024 (arXiv:2403.03206, Sec. 3.1); 0.69 and 0.8 are those of arXiv:2511.13720, where t runs backwards.
+    Esser et al. 2024 (arXiv:2403.03206, Sec. 3.1). Median 0.69 and width 0.8 are those of arXiv:2511.13720, t reversed.
     """
     if distribution == "uniform":
         return torch.rand(n, generator=random, device=random.device)
@@ -86,7 +86,7 @@ def draw_times(n: int, distribution: str, random: torch.Generator, median: float
 
 
 def drop_labels(labels: Tensor, null_label: int, probability: float, random: torch.Generator) -> Tensor:
-    """Replaces a share of the labels by the null label, so that one network also learns the velocity of no class.
+    """Replaces a share of the labels by the null label, so that the network also learns the velocity without a class.
 
     Ho & Salimans 2022 (arXiv:2207.12598, Algorithm 1).
     """
@@ -95,9 +95,9 @@ def drop_labels(labels: Tensor, null_label: int, probability: float, random: tor
 
 
 def hide(phases: Tensor, share: float, random: torch.Generator) -> Tensor:
-    """Makes some or all parameters (n, parameters) of a share of the images unknown, NaN.
+    """Hides parameters (n, parameters) of a share of the images: sets some or all of them to NaN, unknown.
 
-    How likely a parameter is to go is drawn for the image, uniformly from 0 to 1.
+    The probability that a parameter is hidden is drawn for each image, uniformly from 0 to 1.
     """
 
     def draw(*shape: int) -> Tensor:
@@ -111,14 +111,14 @@ def guided(
 ) -> Velocity:
     """Classifier-free guidance: uncond + scale * (cond - uncond), both in one batch (arXiv:2207.12598, Eq. 6).
 
-    ``null`` is the condition of an image that is asked for nothing. A scale of 1 needs no unconditional evaluation and
-    makes none, nor do times outside ``interval`` (arXiv:2404.07724).
+    ``null`` is the condition that asks for nothing. A scale of 1 needs no unconditional evaluation and makes none, nor
+    do times outside ``interval`` (arXiv:2404.07724).
     """
     if scale == 1:
         return velocity
 
     def velocity_with_guidance(z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        if not interval[0] <= t[0] <= interval[1]:  # a solver is at one time for all images
+        if not interval[0] <= t[0] <= interval[1]:  # a solver has all images at the same time
             return velocity(z, t, condition)
         both = torch.cat([condition, torch.as_tensor(null).to(condition).expand_as(condition)])
         cond, uncond = velocity(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
@@ -143,21 +143,21 @@ def time_grid(steps: int, name: str = "uniform", last: float = _LAST, first: flo
 
 
 def evaluation_times(sampler: "Sampler", first_is_free: bool) -> list[float]:
-    """Grid of a sampler; where the first step takes no evaluation, from its end on, with one more step after it."""
+    """Time grid of a sampler. A first step that takes no evaluation is an extra one, and the grid begins at its end."""
     grid = time_grid(sampler.steps + first_is_free, sampler.grid, sampler.last, sampler.first)
     return grid[first_is_free:]
 
 
 def deviation(standard_deviation: Tensor, t: Tensor) -> Tensor:
-    """Standard deviation of z_t at times t (n,), where that of the images is ``standard_deviation`` (...): (n, ...)."""
+    """Standard deviation (n, ...) of z_t at times t (n,), given ``standard_deviation`` (...), that of the images."""
     t = t.view(-1, *[1] * standard_deviation.dim())
     return (((1 - t) * standard_deviation).square() + t.square()).sqrt()
 
 
 def start(noise: Tensor, standard_deviation: Tensor | None, t: float) -> Tensor:
-    """Noise (n, ...) at the first of ``evaluation_times``, t: as it is, or moved along the flow of Gaussian images.
+    """Start at t, the first of ``evaluation_times``: noise (n, ...), or noise moved along the flow of Gaussian images.
 
-    As long as noise hides the images, only their mean, 0, and standard deviation count (arXiv:2412.09726).
+    While noise hides the images, the flow depends only on their mean, 0, and standard deviation (arXiv:2412.09726).
     """
     return noise if standard_deviation is None else noise * deviation(standard_deviation, _times(t, noise))
 
@@ -172,7 +172,7 @@ def euler(velocity: Velocity, z: Tensor, condition: Tensor, times: list[float]) 
 def heun(velocity: Velocity, z: Tensor, condition: Tensor, times: list[float]) -> Tensor:
     """As ``euler``, with the mean of the velocities at both ends of a step (arXiv:2206.00364, Algorithm 1).
 
-    Two evaluations a step, but one for the last; the error falls as 1 / steps^2.
+    Two evaluations a step, one in the last step; the error falls as 1 / steps^2.
     """
     for t, after in pairwise(times):
         slope = velocity(z, _times(t, z), condition)
@@ -185,29 +185,29 @@ def heun(velocity: Velocity, z: Tensor, condition: Tensor, times: list[float]) -
 
 
 def multistep(velocity: Velocity, z: Tensor, condition: Tensor, times: list[float]) -> Tensor:
-    """As ``euler``, with the clean image of each step extrapolated from the two last ones, in the logarithm of the
-    signal-to-noise ratio, and each step taken anew when the clean image at its end is known: UniPC-2 (Zhao et al. 2023,
-    arXiv:2302.04867, Algorithms 1 and 2, B(h) = e^h - 1), of which the predictor is DPM-Solver++(2M).
+    """UniPC-2 (Zhao et al. 2023, arXiv:2302.04867, Algorithms 1 and 2, B(h) = e^h - 1), with DPM-Solver++(2M) as its
+    predictor. Each step extrapolates the clean image from the last two predictions, in the logarithm of the
+    signal-to-noise ratio. Once the clean image at the end of a step is predicted, the step is corrected with it.
 
     One evaluation a step, and the error falls as 1 / steps^3 where the grid is dense towards 0. The last step is
     Euler's: it ends in the predicted clean image.
     """
-    images, steps = [], []  # the two last predicted clean images, and the steps from each to the next
-    straight, share = z, 0.0  # where the last step leads without a slope, and how much of the clean image it takes
+    images, steps = [], []  # the last two predicted clean images, and the steps from each to the next
+    straight, share = z, 0.0  # the end of the last step without extrapolation, and the clean image's weight in it
     for t, after in pairwise(times):
         image = z - t * velocity(z, _times(t, z), condition)
-        if images and steps[-1] < math.inf:  # from pure noise there is no way to correct by
+        if images and steps[-1] < math.inf:  # a step from pure noise is not corrected
             z = straight + share * _correction(image, images, steps)
         images, steps = [*images[-1:], image], [*steps[-1:], _log_snr(after) - _log_snr(t)]
         share = 1 - after / t
         z = straight = after / t * z + share * image
-        if len(images) == 2 and after > 0:  # extrapolates, but not from pure noise, an infinite step away
+        if len(images) == 2 and after > 0:  # extrapolates, except after a step from pure noise, which is infinite
             z = straight + share * steps[1] / (2 * steps[0]) * (images[1] - images[0])
     return z
 
 
 def _correction(image: Tensor, images: list[Tensor], steps: list[float]) -> Tensor:
-    """Correction of the clean image of a step, the last of ``images``, once that at its end, ``image``, is known."""
+    """Correction to the clean image of a step, ``images[-1]``, once ``image``, that at the step's end, is known."""
     if len(images) == 1:
         return (image - images[0]) / 2
     h, ratio = steps[1], -steps[0] / steps[1]
@@ -218,7 +218,7 @@ def _correction(image: Tensor, images: list[Tensor], steps: list[float]) -> Tens
 
 
 def _log_snr(t: float) -> float:
-    """Logarithm of the signal-to-noise ratio (1 - t) / t, up to its square."""
+    """Logarithm of the signal-to-noise ratio (1 - t) / t, that of amplitudes and not of powers."""
     if t in (0, 1):
         return math.inf if t == 0 else -math.inf
     return math.log((1 - t) / t)
@@ -236,15 +236,17 @@ class Sampler:
         steps: from noise to image.
         cfg_scale: guidance scale; 1 is no guidance.
         solver: name of one of ``SOLVERS``.
-        grid: of the times, see ``time_grid``.
-        tolerance: None, or by how much of its norm an image may differ from the one predicted a step before; any other
-            is made again, from the same noise, in twice as many steps (error control as in arXiv:2105.14080).
-        last: last time before 0 of the grid "logit". What is fainter than it is lost: noise of the images, too.
-        first: first time after 1 of that grid. Before it, images of a codec are taken for Gaussian: too early a time
-            makes them too much alike.
+        grid: name of the grid of times, see ``time_grid``.
+        tolerance: None, or the largest change, relative to its norm, of the predicted clean image between the last two
+            evaluations. An image that changes more is made again, from the same noise, in twice as many steps (error
+            control as in arXiv:2105.14080).
+        last: last time before 0 of the grid "logit". What is fainter than noise at this time is lost: noise of the
+            images, too.
+        first: first time after 1 of that grid. From 1 to it, images of a codec are taken for Gaussian: a time too far
+            from 1 makes them too much alike.
 
     Raises:
-        ValueError: for what cannot be.
+        ValueError: for settings that no sampler can have.
     """
 
     steps: int = 50
@@ -268,7 +270,7 @@ def _times(t: float, like: Tensor) -> Tensor:
 
 
 def noise_images(shape: tuple[int, ...], seed: int, numbers: Iterable[int], stream: int = 0) -> Tensor:
-    """Gaussian noise (n, *shape) for images of these numbers: that of image k depends on seed, k and stream alone."""
+    """Gaussian noise (n, *shape) for images of these numbers; that of image k depends on seed, k and stream alone."""
     more = [stream] if stream else []
     noise = [np.random.default_rng([seed, k, *more]).standard_normal(shape, np.float32) for k in numbers]
     return torch.from_numpy(np.stack(noise))
@@ -290,14 +292,14 @@ def sample(
     """New images, one for each condition.
 
     Args:
-        condition: what each image is asked for, (n, ...), on the device to compute on.
+        condition: what each image should show, (n, ...), on the device to compute on.
         shape: of one image, or of its coefficients.
         null: the condition that asks for nothing.
         seed: image k of a seed is the same whatever the batch size, the device or the number of images.
         first: number k of the first image.
-        standard_deviation: of the training images around 0, (*shape), where it is known: the first step is then that
-            of a Gaussian and takes no evaluation.
-        interval: of the times at which there is guidance.
+        standard_deviation: of the training images around 0, (*shape), or None. If it is known, the first step is that
+            of Gaussian images and takes no evaluation.
+        interval: first and last of the times at which there is guidance.
 
     Returns:
         (n, *shape) float32, in the range the network was trained on, not clipped.
@@ -305,10 +307,10 @@ def sample(
     velocity = guided(velocity, null, sampler.cfg_scale, interval)
 
     def solve(numbers: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """Images of these numbers, and which of them have changed too much with the last evaluation."""
+        """Images of these numbers, and which of them the last evaluation has changed by more than the tolerance."""
         noise = noise_images(shape, seed, (first + numbers).tolist()).to(condition.device)
         times = evaluation_times(replace(sampler, steps=steps), standard_deviation is not None)
-        predicted: deque[Tensor] = deque(maxlen=2)  # clean images, by the two last evaluations
+        predicted: deque[Tensor] = deque(maxlen=2)  # clean images, by the last two evaluations
 
         def watched(z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             slope = velocity(z, t, condition)

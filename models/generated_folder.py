@@ -1,6 +1,6 @@
 """A folder of generated images that says how they were made, and which of them are still as they were written.
 
-FOLDER/generated_by.json    checkpoint, sampler and seed; without it, nothing is ever written to a folder
+FOLDER/generated_by.json    checkpoint, sampler and seed; nothing is written to a folder that has files but not this one
 FOLDER/SHA256SUMS           checksums of the images, as ``sha256sum -c`` reads them; one file for each process
 FOLDER/{class}/{i}.npy      image i of the class and seed
 """
@@ -22,9 +22,9 @@ from models.generator import Generator
 from scaling import Scaling
 from settings import InputError
 
-_WAY = ("sha256", "sampler", "seed")  # of a source: the same checkpoint makes the same images wherever it lies
+_WAY = ("sha256", "sampler", "seed")  # entries of a source that decide the images; the checkpoint's path does not
 _MARKER, _SUMS = "generated_by.json", "SHA256SUMS"
-_CLASS_STRIDE = 10**9  # images of a class are numbered from here, so that each starts from noise of its own
+_CLASS_STRIDE = 10**9  # images of class k are numbered from k times this, so that each starts from noise of its own
 
 
 def source_of(folder: Path) -> dict[str, Any] | None:
@@ -48,7 +48,7 @@ def source_of(folder: Path) -> dict[str, Any] | None:
 
 
 def begin(folder: Path, source: dict[str, Any]) -> None:
-    """Makes a folder ready for images made in one way, and this process's own; sets those made in another way aside.
+    """Prepares a folder for images of a source and holds it for this process; sets images of another source aside.
 
     Raises:
         InputError: for a folder that something else made, that another process has, or whose images were changed.
@@ -74,8 +74,8 @@ def begin(folder: Path, source: dict[str, Any]) -> None:
 
 
 def generate_to_folder(model: Generator, folder: Path, count: int, source: dict[str, Any], batch_size: int) -> None:
-    """Writes images 0 to count - 1 of each class, float32 in the unit of the data, to a folder that was begun; goes on
-    where it was stopped.
+    """Writes images 0 to count - 1 of each class, float32 in the unit of the data, to a folder prepared by ``begin``;
+    continues a run that was stopped.
 
     No two images start from the same noise, and image i of a class and seed is always the same.
     """
@@ -104,7 +104,7 @@ def generate_to_folder(model: Generator, folder: Path, count: int, source: dict[
 
 
 def _write(folder: Path, name: str, image: np.ndarray) -> None:
-    """Writes an image, and before it its checksum: what is killed between the two is made again."""
+    """Writes the checksum of an image and then the image: if killed between the two, a run makes the image again."""
     content = npy_bytes(image)
     process = f"-{distributed.rank()}" if distributed.rank() else ""
     with open(folder / f"{_SUMS}{process}", "a", encoding="utf-8", errors="surrogateescape") as sums:
@@ -116,7 +116,7 @@ def _write(folder: Path, name: str, image: np.ndarray) -> None:
 def altered(folder: Path) -> list[str]:
     """The numbered images of a folder that are not as they were written here."""
     sums = [path.read_text("utf-8", "surrogateescape") for path in folder.glob(f"{_SUMS}*")]
-    written = {tuple(line.split("  ", 1)) for text in sums for line in text.split("\n")}  # names have any other space
+    written = {tuple(line.split("  ", 1)) for text in sums for line in text.split("\n")}  # names may hold other breaks
     images = [path for path in folder.glob("*/*.npy") if path.stem.isdecimal()]
     images.sort(key=lambda path: (path.parent, int(path.stem)))
     names = {path: path.relative_to(folder).as_posix() for path in images}

@@ -1,4 +1,4 @@
-"""The generator of lens images: a network, the codec it works behind, how it is sampled, and what its data was.
+"""The generator of lens images: a network, its codec, its sampler, and what the training data was.
 
 from models.generator import load_model, generate_image
 image = generate_image(load_model("weights/conditional_mlp.safetensors"), "axion")
@@ -30,7 +30,7 @@ from settings import Count, Guidance, InputError, Interval, Steps, Whole, checke
 
 
 def _nanodit(image_shape: tuple[int, ...], placed: object = None, **config: Any) -> tuple[nn.Module, None]:
-    # Objects with a place are objects like others to it
+    # NanoDiT treats objects that have a position like all others
     return NanoDiT(**{"in_channels": image_shape[0], "input_size": image_shape[-1]} | config), None
 
 
@@ -54,7 +54,7 @@ SIZES = {
     "ComponentMLP-1024": _MLP | {"components": 1024, "hidden_size": 512},
     "ComponentMLP-512": _MLP | {"components": 512},
 }
-_ASSEMBLED = ("network", "model_config", "prediction", "classes", "image_shape")  # of what a generator is described by
+_ASSEMBLED = ("network", "model_config", "prediction", "classes", "image_shape")  # entries that ``_assemble`` takes
 _BY_IMAGE = Scaling()  # as the published code has it
 # The published code trained one network on one kind of data without writing down either; it used the exact GELU
 _PUBLISHED_CONFIG = {"patch_size": 2, "hidden_size": 512, "depth": 6, "num_heads": 8, "gelu": "none"}
@@ -62,21 +62,20 @@ _PUBLISHED_CLASSES = ["axion", "cdm", "no_sub"]
 
 
 class Generator(nn.Module):
-    """Images of a class from noise, by a network and what belongs to it.
+    """Makes images of a class from noise, by a network and what belongs to it.
 
     Args:
         network: predicts a velocity or a clean image; see ``NanoDiT`` for its interface.
         classes: names of the labels 0, 1, ...
         image_shape: of its images, (c, h, w).
         prediction: what the network predicts, the "velocity" or the clean "image" (arXiv:2511.13720).
-        codec: between images and what the network works on; None for images themselves.
+        codec: turns images into what the network works on, and back; None for a network that works on images.
         sampler: how images are made unless told otherwise.
         scaling: of the images it was trained on.
-        lens_parameters: physical ones that the network can be told, in order; none for most.
+        lens_parameters: physical parameters that the network takes, in order; most networks take none.
 
     Attributes:
-        population: training lenses, whose parameters are taken over where none are asked for; None leaves these to the
-            network.
+        population: training lenses that provide the parameters which nobody asks for; None leaves these to the network.
     """
 
     _compiler: Callable[[Callable], Callable] = staticmethod(lambda function: function)
@@ -112,7 +111,7 @@ class Generator(nn.Module):
         }
 
     def with_network(self, network: nn.Module, parameters: Sequence[Parameter] | None = None) -> "Generator":
-        """The same around another network, such as the moving average of this one, or one that is told parameters."""
+        """The same generator with another network, such as its own moving average or one that takes parameters."""
         told = self.lens_parameters if parameters is None else parameters
         kept = self.classes, self.image_shape, self.prediction, self.codec, self.sampler, self.scaling
         other = Generator(network, *kept, told).eval()
@@ -120,8 +119,8 @@ class Generator(nn.Module):
         return other
 
     def with_parameters(self, parameters: Sequence[Parameter]) -> "Generator":
-        """The same, whose network can be told parameters, which do nothing before it is trained; itself if it can be
-        already."""
+        """The same generator with a network that takes these parameters, which have no effect before it is trained.
+        Returns itself if no parameters are given or its network takes some already."""
         if not parameters or self.lens_parameters:
             return self
         description = self.description()
@@ -143,32 +142,32 @@ class Generator(nn.Module):
     def compile(self, *args: Any, **options: Any) -> None:
         """``torch.compile`` for the evaluations of ``generate`` and ``along``.
 
-        On a CPU they take up to a tenth less time; it takes a C++ compiler, and up to a minute at first.
+        On a CPU, it saves up to a tenth of their time; it needs a C++ compiler, and up to a minute at the first call.
         """
         self._compiler = partial(torch.compile, *args, **options)
 
     def forward(self, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """z (n, *sample_shape), t (n,) in [0, 1], condition as of ``condition`` -> velocity (n, *sample_shape)."""
+        """z (n, *sample_shape), t (n,) in [0, 1], condition from ``condition`` -> velocity (n, *sample_shape)."""
         return flow.to_velocity(self.network(z, t, condition).float(), z, t, self.prediction)
 
     def condition(self, labels: Tensor, phases: Tensor | None = None) -> Tensor:
-        """What images are asked for, as networks take it: labels (n,) in 0..len(classes), where the last one means no
-        class; and behind them the phases of the parameters, (n, parameters), where any are known, NaN for the others.
+        """The condition that networks take: labels (n,) in 0..len(classes), where the last one means no class; or, with
+        ``phases`` (n, parameters), each label followed by the phases of its parameters, NaN where unknown.
         """
         return (
             labels if phases is None or not self.lens_parameters else torch.cat([labels[:, None].to(phases), phases], 1)
         )
 
     def phases_of(self, images: NpyDataset) -> Tensor | None:
-        """Phases (n, parameters) of the images of a data set, as its tables say them; None without parameters."""
+        """Phases (n, parameters) of the images of a data set, from its tables; None without parameters."""
         return images.phases(self.lens_parameters) if self.lens_parameters else None
 
     def along(self, times: list[float]) -> flow.Velocity:
-        """``forward`` for a solver, which has all images at one time, and for weights that stay as they are.
+        """``forward`` for a solver, which has all images at the same time, and for weights that do not change.
 
-        It takes conditions as ``embedded`` gives them, whose parameters are the same at every time.
-        AdaLN modulations are computed once for all ``times`` and classes, and for other times as they come: anew in
-        every evaluation, they would take a network of one token a third of its time.
+        It takes conditions from ``embedded``, since the vectors of parameters are the same at every time.
+        AdaLN modulations are computed once for all ``times`` and classes, and for any other time at its first use.
+        Computed in every evaluation, they would take a third of the time of a network of one token.
         """
         classes = torch.arange(len(self.classes) + 1, device=self.device)
         known: dict[float, tuple[Tensor, ...]] = {}
@@ -197,8 +196,8 @@ class Generator(nn.Module):
 
     @torch.inference_mode()
     def embedded(self, condition: Tensor) -> Tensor:
-        """A condition with its parameters as the vector that they are to the network: (n, 1 + width), or labels (n,)
-        of a network without any."""
+        """A condition in which the network's vector for the parameters replaces their phases, (n, 1 + width); the
+        labels (n,) alone if the network takes no parameters."""
         if not self.lens_parameters:
             return condition
         labels, vectors = self.network.split(condition)
@@ -215,11 +214,11 @@ class Generator(nn.Module):
         phases: Tensor | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
-        """One image for each label (n,), images first, first + 1, ... of a seed: (n, c, h, w) in [0, 1], on the CPU.
+        """Images (n, c, h, w) in [0, 1] on the CPU, one for each label (n,): number first, first + 1, ... of a seed.
 
-        By ``self.sampler`` unless another one is given; see ``flow.sample``. ``self.scaling.undo`` takes them to the
-        unit of the data. ``phases`` (n, parameters) are of the parameters that are asked for, see ``condition``; others
-        are those of ``population``. There is guidance at the times of ``interval``.
+        They are made by ``self.sampler`` unless another one is given; see ``flow.sample``. ``self.scaling.undo`` takes
+        them to the unit of the data. ``phases`` (n, parameters) are what is asked for, NaN where nothing is; a
+        ``population`` fills these in. Guidance is used from the first to the last time of ``interval``.
         """
         sampler = sampler or self.sampler
         if self.population:
@@ -244,7 +243,7 @@ class Generator(nn.Module):
         return self.embedded(torch.tensor([len(self.classes)], device=self.device))[0]
 
     def sampler_for(self, ode_steps: int | None = None, cfg_scale: float | None = None) -> flow.Sampler:
-        """The generator's sampler, with exactly so many steps or another guidance scale where they are given."""
+        """The generator's sampler, with exactly ``ode_steps`` steps and another guidance scale, where given."""
         sampler = self.sampler if cfg_scale is None else replace(self.sampler, cfg_scale=cfg_scale)
         return sampler if ode_steps is None else replace(sampler, steps=ode_steps, tolerance=None)
 
@@ -259,7 +258,7 @@ class Generator(nn.Module):
         return (z + 1) / 2 if self.scaling.keeps_flux else flow.to_unit_range(z)
 
     def objective(self, network: flow.Velocity, x: Tensor, noise: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """``flow.objective`` of a network in this one's place, on (n, *sample_shape)."""
+        """``flow.objective`` of a network in place of the generator's own; x and noise are (n, *sample_shape)."""
         weigh = {} if self.codec is None else {"weigh": self.codec.weigh}
         return flow.objective(network, x, noise, t, condition, self.prediction, **weigh)
 
@@ -271,12 +270,12 @@ def build_untrained(
     parameters: Sequence[Parameter] = (),
     **changes: Any,
 ) -> Generator:
-    """An untrained generator of one of SIZES, with other settings where they are given.
+    """An untrained generator of one of SIZES, with ``changes`` to its settings.
 
-    Patches are the smallest ones from that of the size on that tile the images, up to twice as large.
+    If patches of that size do not tile the images, it takes the next larger ones that do, up to twice as large.
 
     Raises:
-        ValueError: for a network that cannot be.
+        ValueError: for settings that do not fit together.
     """
     config = SIZES[size] | changes
     if "patch_size" in config and "patch_size" not in changes:
@@ -310,7 +309,7 @@ def _assemble(
 
 
 class _WithoutRandom(TorchFunctionMode):
-    """Leaves out the drawing of weights: on the device "meta", it would make torch import its compiler for a second."""
+    """Skips drawing random weights: on the device "meta", torch would spend a second importing its compiler for it."""
 
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -360,7 +359,7 @@ def build_generator(content: dict[str, Any], path: str | Path) -> Generator:
 
 
 def of_today(content: dict[str, Any]) -> dict[str, Any]:
-    """Content of a checkpoint in today's form; those of older versions and of the published code say less."""
+    """Content of a checkpoint in today's form; fills in what older versions and the published code leave out."""
     content = {"scaling": asdict(_BY_IMAGE), "parameters": []} | content
     if "network" in content:
         return content
@@ -379,7 +378,7 @@ def of_today(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_generator() -> str:
-    """The path, inside the repository, of the generator that was trained here, or else of that of the repository."""
+    """The path, inside the repository, of the generator that was trained here, or else of one in weights/."""
     here = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"
     return first_there(here, "weights/conditional_mlp.safetensors")
 
@@ -419,16 +418,16 @@ def generate_image(
             and less diverse, 1 is no guidance.
         num_samples: number of images.
         seed: another seed gives other images; image k of a seed is always the same.
-        scaled: whether images stay as the network has them, in about [0, 1], to be shown, say.
+        scaled: True leaves images as the network has them, in about [0, 1], to be shown, say.
         parameters: values of some of ``model.lens_parameters`` by name, in their units: a number, or an array of
-            ``num_samples``. The others are as the training images have them; those outside their range give a warning.
+            ``num_samples``. The others vary as in the training images. Values outside their range give a warning.
 
     Returns:
         (num_samples, c, h, w) float32 on the CPU, in the unit of the data, or in [0, 1] where each image was scaled by
         itself.
 
     Raises:
-        InputError: with the name of the argument that cannot be.
+        InputError: with the name of the argument that is not valid.
     """
     if not isinstance(model, Generator):
         raise InputError(f"model {model!r} is none: load_model gives one")

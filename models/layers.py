@@ -9,26 +9,25 @@ from torch import Tensor, nn
 
 
 class ModulatedNetwork(nn.Module):
-    """Network whose ``blocks`` and ``final_layer`` time and class shift, scale and gate, by ``t_embedder`` and
-    ``y_embedder`` (AdaLN-Zero, arXiv:2212.09748, Sec. 3.2), and whose tokens know the physical parameters, by
-    ``p_embedder``, where it has been trained with any.
+    """Network conditioned on time, class and, if it was trained with any, physical parameters.
 
-    Parameters are added to the tokens since they are the same at every time: that costs an evaluation nothing, where a
-    modulation by them would have to be computed for every image anew.
+    Time and class, through ``t_embedder`` and ``y_embedder``, shift, scale and gate its ``blocks`` and ``final_layer``
+    (AdaLN-Zero, arXiv:2212.09748, Sec. 3.2). The parameters, through ``p_embedder``, are added to the tokens. They are
+    the same at every time, so this costs an evaluation nothing; a modulation would have to be computed for every image.
     """
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """x (n, *sample_shape), t (n,) in [0, 1], condition -> prediction (n, *sample_shape).
 
         Args:
-            condition: labels (n,) in 0..num_classes; or (n, 1 + parameters), each followed by the phases of the
+            condition: labels (n,) in 0..num_classes; or (n, 1 + parameters), each label followed by the phases of its
                 parameters, NaN where unknown.
         """
         labels, known = self.split(condition)
         return self.apply_modulated(x, t, self.modulations(t, labels), known)
 
     def split(self, condition: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The labels (n,) of a condition, and its parameters as a vector (n, width); None of a network without any."""
+        """The labels (n,) of a condition, and vectors (n, width) of its parameters, or None if the network has none."""
         labels = condition if condition.dim() == 1 else condition[:, 0].long()
         if self.p_embedder is None:
             return labels, None
@@ -38,7 +37,7 @@ class ModulatedNetwork(nn.Module):
         return labels, self.told(unknown).expand(len(labels), -1)
 
     def told(self, phases: Tensor) -> Tensor:
-        """Phases of the parameters (n, parameters), NaN where unknown, as the vector that they are to the network."""
+        """Vectors (n, width) that stand for phases of the parameters (n, parameters), NaN where unknown."""
         return self.p_embedder(phases)
 
     def modulations(self, t: Tensor, labels: Tensor) -> list[Tensor]:
@@ -49,7 +48,7 @@ class ModulatedNetwork(nn.Module):
     def apply_modulated(
         self, x: Tensor, t: Tensor, modulations: Sequence[Tensor], known: Tensor | None = None
     ) -> Tensor:
-        """``forward`` for known modulations, at times t (n,), or (1,) for all, and the vectors of the parameters."""
+        """``forward`` with given modulations, times t (n,) or (1,) for all, and ``known``, the parameters' vectors."""
         raise NotImplementedError
 
     def through_blocks(self, tokens: Tensor, modulations: Sequence[Tensor], known: Tensor | None = None) -> Tensor:
@@ -84,7 +83,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(2 * num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
-        # On the CPU: on "meta", where shapes are looked up, torch.arange makes torch import its compiler for a second
+        # On the CPU: on "meta", where only shapes count, torch.arange makes torch import its compiler for a second
         frequencies = torch.exp(-math.log(10000) * torch.arange(num_frequencies, device="cpu") / num_frequencies)
         self.register_buffer("frequencies", freq_scale * frequencies, persistent=False)
 
@@ -107,12 +106,12 @@ class LabelEmbedder(nn.Module):
 class ParameterEmbedder(nn.Module):
     """Phases of parameters (n, parameters), NaN where unknown, to vectors (n, width).
 
-    Each object, the lens or a subhalo beside it, goes through the hidden layer of its kind, and what that makes of all
-    of a kind is added up, as their effects on an image are (Zaheer et al. 2017, arXiv:1703.06114). Phases are told by
-    sines and cosines in some octaves (Fourier features, arXiv:2006.10739); an unknown one has a learned vector instead.
+    Each object, the lens or a subhalo beside it, goes through the hidden layer of its kind. The results of all objects
+    are added up, as their effects on an image are (Zaheer et al. 2017, arXiv:1703.06114). The layer sees sines and
+    cosines of phases in some octaves (Fourier features, arXiv:2006.10739), or a learned vector for an unknown phase.
 
     Args:
-        objects: for each kind of objects, for each of these, the numbers of its parameters.
+        objects: indices of the parameters of each object, a list for each kind of object, see ``parameters.objects``.
         num_octaves: of the Fourier features.
     """
 
@@ -131,7 +130,7 @@ class ParameterEmbedder(nn.Module):
 
 
 def phase_features(phases: Tensor, num_octaves: int = 5) -> Tensor:
-    """Sines and cosines of phases (...), and behind them whether these are unknown, (..., 2 * num_octaves + 1)."""
+    """Sines and cosines of phases (...), then 1 for an unknown phase or 0 for others, (..., 2 * num_octaves + 1)."""
     unknown = phases.isnan()[..., None]
     angles = phases.nan_to_num()[..., None] * 2.0 ** torch.arange(num_octaves, device=phases.device)
     return torch.cat([torch.cat([angles.sin(), angles.cos()], -1).masked_fill(unknown, 0), unknown], -1)
@@ -169,7 +168,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor, approximate: str = "tanh") -> Tensor:
-    """GELU. Without gradients, a CPU takes half the time for the sigmoid: 1 + tanh(u) = 2 sigmoid(2 u)."""
+    """GELU. Without gradients, a CPU takes half the time if tanh is a sigmoid: 1 + tanh(u) = 2 sigmoid(2 u)."""
     if approximate == "tanh" and x.is_cpu and not x.requires_grad:
         return torch.addcmul(x, x * x, x, value=0.044715).mul_(math.sqrt(8 / math.pi)).sigmoid_().mul_(x)
     return F.gelu(x, approximate=approximate)

@@ -27,12 +27,12 @@ class NanoDiT(ModulatedNetwork):
 
     Args:
         input_size: height and width of the images in pixels.
-        patch_size: height and width of a token in pixels; the last ones reach beyond images that they do not tile.
+        patch_size: height and width of a token in pixels; if they do not tile the images, the last ones reach beyond.
         in_channels: channels of the images.
         hidden_size: width of the network, a multiple of 4 and of ``num_heads``.
         depth: number of transformer blocks.
         num_classes: number of classes; label ``num_classes`` means no class.
-        objects: physical parameters that it can be told, see ``ParameterEmbedder``; none unless given.
+        objects: physical parameters that it takes, see ``ParameterEmbedder``; none unless given.
         timestep_freq_scale: t in [0, 1] is multiplied by this before its sinusoidal embedding.
         gelu: "tanh" as DiT has it, or "none", the exact function that the published NanoDiT had.
 
@@ -139,7 +139,7 @@ class DiTBlock(nn.Module):
 def sincos_positions(hidden_size: int, grid_size: int) -> Tensor:
     """Fixed 2-D positions (grid_size ** 2, hidden_size), row by row.
 
-    A quarter each of the sines and cosines of the column, then of the row, over geometric frequencies from 1 down
+    Sines and cosines of the column, then of the row, each a quarter of the width, at geometric frequencies from 1 down
     (Vaswani et al. 2017, arXiv:1706.03762, Sec. 3.5, in the two-dimensional layout of MAE, arXiv:2111.06377).
     """
     quarter = hidden_size // 4

@@ -1,24 +1,24 @@
-"""Noise of images, learned from what a smooth description of them leaves over, and drawn anew for every image."""
+"""Noise of images: learned from how they differ from a smooth description, and drawn anew for every image."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _LEVELS, _BRIGHTNESSES, _SCORES = 8, 96, 49  # knots of the law
-_AROUND = 3  # pixels on a side, whose mean is the brightness of the one in the middle
+_AROUND = 3  # side, in pixels, of the square whose mean is the brightness of the pixel in its middle
 _SKY_ENDS = 2.3, 3.2  # between these brightnesses, see ``_brightness``, a pixel turns from sky to light
 _FARTHEST = 4.0  # normal score of the last knot: 1 in 30,000 pixels lies beyond it
-_FEWEST, _TAIL = 50, 5  # pixels that quantiles are taken of, and that a quantile leaves beyond it
-_IMAGES, _FIELDS = 2048, 256  # that quantiles and correlations are fitted to, at most
+_FEWEST, _TAIL = 50, 5  # least number of pixels that quantiles are taken of, and that must lie beyond a quantile
+_IMAGES, _FIELDS = 2048, 256  # largest numbers of images that quantiles and correlations are fitted to
 
 
 class NoiseLaw(nn.Module):
     """Distribution of a pixel, given its smooth brightness and the noise levels of its image; and how pixels correlate.
 
-    Levels are (n, 2): of the sky and of light, each in units of which pixels there are described.
+    Noise levels are (n, 2), of the sky and of light: pixels of either kind are described in units of its level.
 
-    A Gaussian copula (Sklar 1959): a field of correlated normal scores, of which each pixel is taken to the quantile of
-    its score. Quantiles hold whatever a detector does, such as a sky clipped at 0 or shot noise, without a model of it.
+    The law is a Gaussian copula (Sklar 1959): a field of correlated normal scores, where each pixel takes the quantile
+    of its score. Quantiles describe whatever a detector does, such as a sky clipped at 0 or shot noise, with no model.
 
     Args:
         image_shape: (c, h, w).
@@ -30,8 +30,8 @@ class NoiseLaw(nn.Module):
         self.level_ends = nn.Parameter(torch.zeros(2, 2), requires_grad=False)  # logarithms of first and last knots
         self.brightness_ends = nn.Parameter(torch.zeros(c, 2), requires_grad=False)  # see ``_brightness``
         self.quantiles = nn.Parameter(torch.zeros(c, _LEVELS, _BRIGHTNESSES, _SCORES), requires_grad=False)
-        self.least = nn.Parameter(torch.zeros(c), requires_grad=False)  # that a pixel can be
-        self.amplitude = nn.Parameter(torch.ones(c, h, w // 2 + 1), requires_grad=False)  # of the field's waves
+        self.least = nn.Parameter(torch.zeros(c), requires_grad=False)  # smallest value of a pixel
+        self.amplitude = nn.Parameter(torch.ones(c, h, w // 2 + 1), requires_grad=False)  # Fourier modes of the field
 
     def fit(self, images: Tensor, smooth: Tensor, level: Tensor) -> None:
         """Learns the law from images (n, c, h, w), their smooth parts (n, c, h, w) and their noise levels (n, 2)."""
@@ -53,13 +53,13 @@ class NoiseLaw(nn.Module):
         self.amplitude.copy_((waves / waves.mean((1, 2), keepdim=True)).sqrt()[..., : self.amplitude.shape[-1]])
 
     def draw(self, smooth: Tensor, level: Tensor, white: Tensor) -> Tensor:
-        """Noisy images (n, c, h, w) of smooth parts (n, c, h, w) and noise levels (n, 2), made from white Gaussian
+        """Noisy images (n, c, h, w) with smooth parts (n, c, h, w) and noise levels (n, 2), made from white Gaussian
         noise (n, c, h, w)."""
         scores = torch.fft.irfft2(torch.fft.rfft2(white) * self.amplitude, s=white.shape[-2:])
         return self._pixels(smooth, level, scores)
 
     def _pixels(self, smooth: Tensor, level: Tensor, scores: Tensor) -> Tensor:
-        """Pixels (n, c, h, w) that lie in their distribution as normal scores (n, c, h, w) do in theirs."""
+        """Pixels (n, c, h, w): the quantiles of their distributions that normal scores (n, c, h, w) stand for."""
         brightness = _brightness(smooth, level)
         at_level, at_brightness = self._knots(brightness, level)
         place = [
@@ -74,8 +74,8 @@ class NoiseLaw(nn.Module):
         return found.maximum(self.least[:, None, None])
 
     def _knots(self, brightness: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """Places of levels (n, 2) and brightnesses (n, c, h, w) between the knots, (n, c, h, w) from 0 to their number
-        less 1; in the sky it is the sky's level that counts."""
+        """Positions of levels (n, 2) and brightnesses (n, c, h, w) among the knots: each (n, c, h, w), from 0 to the
+        number of knots less 1. Sky pixels have the level of the sky, light pixels that of light."""
         low, high = self.level_ends
         at_level = _blended((level.log() - low) / (high - low) * (_LEVELS - 1), brightness)
         low, high = self.brightness_ends.T[:, :, None, None]
@@ -85,8 +85,8 @@ class NoiseLaw(nn.Module):
     def _scores_of(self, images: Tensor, smooth: Tensor, level: Tensor) -> Tensor:
         """Normal scores (n, c, h, w) of pixels, the inverse of ``_pixels``.
 
-        A pixel lies between two knots of the law, or on several of one value, such as 0 in a clipped sky. Its score is
-        a random one of those that it can have.
+        A pixel lies between two knots of the law, or on several knots with the same value, such as 0 in a clipped sky.
+        Its score is drawn at random from those that it can have.
         """
         knots = torch.linspace(-_FARTHEST, _FARTHEST, _SCORES)
         values = torch.stack([self._pixels(smooth, level, torch.full_like(smooth, score)) for score in knots])
@@ -100,7 +100,7 @@ def _brightness(smooth: Tensor, level: Tensor) -> Tensor:
     """Smooth brightness around a pixel in units of the sky's noise, on a scale that is linear in noise and logarithmic
     above it.
 
-    A mean over the surroundings: the noise that components hold would change it from pixel to pixel.
+    It is a mean over neighbouring pixels, since components hold some noise, which differs from pixel to pixel.
     """
     around = F.avg_pool2d(smooth, _AROUND, 1, _AROUND // 2, count_include_pad=False)
     return (around / level[:, 0].view(-1, 1, 1, 1)).asinh()
@@ -113,26 +113,26 @@ def _is_light(brightness: Tensor) -> Tensor:
 
 
 def _blended(of_both: Tensor, brightness: Tensor) -> Tensor:
-    """Of two numbers of each image (n, 2), that of the sky where a pixel is sky and that of light where it is light."""
+    """One number a pixel from two numbers an image (n, 2): the first in the sky, the second in light."""
     sky, light = of_both[:, :, None, None, None].unbind(1)
     return torch.lerp(sky.expand_as(brightness), light.expand_as(brightness), _is_light(brightness))
 
 
 def _unit(level: Tensor, brightness: Tensor) -> Tensor:
-    """Noise level of each pixel, (n, c, h, w), in units of which it is described."""
+    """Noise level of each pixel, (n, c, h, w): the unit that the pixel is described in."""
     return _blended(level.log(), brightness).exp()
 
 
 def _known(smooth: Tensor, brightness: Tensor) -> Tensor:
-    """What pixels are described as deviations from: nothing in the sky, which a detector may cut off at 0, and the
-    smooth brightness in light, where knots are farther from each other than noise is wide."""
+    """Value that is subtracted from a pixel before it is described: 0 in the sky, which a detector may clip at 0; the
+    smooth brightness in light, where the distance between knots is larger than the noise."""
     return smooth * _is_light(brightness)
 
 
 def _quantiles(values: Tensor, bins: Tensor, brightness: Tensor) -> Tensor:
     """Quantiles of values (...) in each bin, (levels, brightnesses, scores).
 
-    A bin of few values takes those of the nearest one of many, shifted by as much as its ``brightness`` is larger.
+    A bin with too few values takes the quantiles of the nearest bin with enough, shifted up if it is brighter itself.
     """
     scores = torch.linspace(-_FARTHEST, _FARTHEST, _SCORES)
     order = torch.argsort(bins.flatten(), stable=True)
@@ -152,8 +152,8 @@ def _quantiles(values: Tensor, bins: Tensor, brightness: Tensor) -> Tensor:
 
 
 def _normal_quantiles(ordered: Tensor, scores: Tensor) -> Tensor:
-    """Quantiles of ordered values at normal scores, continued as a straight line where fewer than ``_TAIL`` values
-    lie beyond."""
+    """Quantiles of ordered values at normal scores, continued as a straight line where fewer than ``_TAIL`` values lie
+    beyond a quantile."""
     last = torch.special.ndtri(torch.tensor(max(1 - _TAIL / len(ordered), 0.6), dtype=torch.float64))
     inner = torch.stack([-last, -last + 0.5, last - 0.5, last])
 

@@ -1,9 +1,9 @@
-"""What is not asked for: training lenses, whose parameters a new lens takes over where nobody gives them.
+"""Training lenses, from which a new lens takes the parameters that nobody asks for.
 
-A network that is told all parameters draws the very lens; one that is told a few would have to invent the others, and
-does so with too little variety. Hence they are drawn before it begins, from a training lens of the class (a "hot deck",
-Andridge & Little 2010, doi:10.1111/j.1751-5823.2010.00103.x). It is one of those of which the given parameters say the
-same as of the lens that is asked for ("predictive mean matching", Little 1988, doi:10.1080/07350015.1988.10509663).
+A network that gets all parameters draws exactly that lens. One that gets a few must invent the others, and does so with
+too little variety. Hence the others are first taken from a training lens of the class (a "hot deck", Andridge & Little
+2010, doi:10.1111/j.1751-5823.2010.00103.x): one for which the given parameters predict about the same others as for the
+new lens ("predictive mean matching", Little 1988, doi:10.1080/07350015.1988.10509663).
 """
 
 import math
@@ -18,12 +18,12 @@ from torch import Tensor
 from dataset import some_of_each_class
 from parameters import Parameter
 
-_MOST = 8000  # lenses of a class
-_ALIKE = 100  # lenses to choose from, where what is given says anything of what is not
-_CHANCE = 0.025  # standard deviation of what is added to a phase, so that lenses are not drawn again as they are
-_THE_SAME = 1e-5  # share of the variance of parameters that say the same as others
+_MOST = 8000  # lenses kept of each class, at most
+_ALIKE = 100  # lenses to choose from, if the given parameters predict any of the others
+_CHANCE = 0.025  # standard deviation of the noise added to a phase, so that no training lens is drawn again exactly
+_THE_SAME = 1e-5  # share of the largest variance below which combinations of parameters are left out as redundant
 _SIGNIFICANT = 4.0  # standard errors that a slope must differ from 0 by
-_LARGEST = 1e6  # phase of a lens
+_LARGEST = 1e6  # largest phase of a lens
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Population:
         parameters: what these are.
 
     Raises:
-        ValueError: where the three do not fit together, or phases are none.
+        ValueError: if the three do not fit together, or phases are no floats, infinite or too large.
     """
 
     labels: Tensor
@@ -52,7 +52,7 @@ class Population:
 
     @classmethod
     def of(cls, labels: Tensor, phases: Tensor, parameters: Sequence[Parameter]) -> "Population":
-        """Some of the lenses (n,) of a training set of which anything is known; phases are (n, parameters)."""
+        """Some of the lenses of a training set with any known parameter; labels are (n,), phases (n, parameters)."""
         known = torch.nonzero(phases.isfinite().any(1))[:, 0]
         some = known[some_of_each_class(labels[known], _MOST)]
         angle = torch.tensor([of.scale == "angle" for of in parameters])
@@ -63,10 +63,10 @@ class Population:
         return {"labels": self.labels, "phases": self.phases}
 
     def fill(self, labels: Tensor, asked: Tensor | None, seed: int, first: int = 0) -> Tensor:
-        """Draws what is NaN of phases (n, parameters), or all of them; what no lens of a class has stays NaN.
+        """Fills in the NaN of ``asked`` phases (n, parameters), or draws all; what no lens of a class has stays NaN.
 
-        Image k of a seed, counted from ``first``, takes over the same lens as long as what is given says nothing of
-        what is not.
+        Image k of a seed, counted from ``first``, always takes the parameters of the same lens, unless given parameters
+        predict any of the others.
         """
         labels, size = labels.cpu(), len(self.parameters)
         filled = torch.full((len(labels), size), torch.nan) if asked is None else asked.cpu().float().clone()
@@ -89,11 +89,11 @@ class Population:
 
 
 class _Class:
-    """Lenses of a class, and what their parameters say of each other by linear regression.
+    """Lenses of a class, and how their parameters predict each other by linear regression.
 
     Args:
         phases: (lenses, parameters).
-        angle: which parameters are angles, whose sine and cosine count, (parameters,).
+        angle: which parameters are angles, (parameters,); sine and cosine take the place of an angle.
     """
 
     def __init__(self, phases: Tensor, angle: Tensor):
@@ -103,7 +103,7 @@ class _Class:
         self.owner = torch.cat([places[~angle], places[angle], places[angle]])  # parameter of each feature
         self.features = self._features(self.phases)
         x, there = self.features - self.features.nanmean(0), self.features.isfinite().double()
-        self.pairs = (there.T @ there).clamp_min(1)  # lenses of which both are known
+        self.pairs = (there.T @ there).clamp_min(1)  # number of lenses in which both features are known
         self.moments = x.nan_to_num().T @ x.nan_to_num() / self.pairs
 
     def _features(self, phases: Tensor) -> Tensor:
@@ -111,14 +111,14 @@ class _Class:
         return torch.cat([phases[:, ~self.angle].double(), angles.sin(), angles.cos()], 1)
 
     def alike(self, given: Tensor, asked: Tensor, chance: Tensor) -> Tensor:
-        """The lens that each image takes over, (n,): by a ``chance`` (n,) from 0 to 1, one that is alike.
+        """The lens whose parameters each image takes, (n,): ``chance`` (n,) from 0 to 1 picks one that is alike.
 
-        Alike are those for which the ``given`` parameters predict nearly what they do for what is ``asked`` (n,
-        parameters), or all where they predict nothing, or where no lens has all of them.
+        A lens is alike if its ``given`` parameters predict nearly the same others as those ``asked`` (n, parameters).
+        All lenses are alike if the given parameters predict nothing, or if no lens has all of them.
         """
         given = (given & self.known)[self.owner]
         slopes = self._slopes(given)
-        able = torch.nonzero(self.features[:, given].isfinite().all(1))[:, 0]  # others lack what is given
+        able = torch.nonzero(self.features[:, given].isfinite().all(1))[:, 0]  # lenses with all given parameters
         if not slopes.any() or not len(able):
             return (chance * len(self.phases)).long()
         predicted, wanted, found = self.features[able][:, given] @ slopes, self._features(asked)[:, given] @ slopes, []
@@ -130,7 +130,7 @@ class _Class:
         return torch.cat(found)
 
     def _slopes(self, given: Tensor) -> Tensor:
-        """Slopes (given, others) of the other features by the given ones, 0 where they may well be chance."""
+        """Slopes (given, others) of the regression of the other features on the given ones; 0 where not significant."""
         among, across = self.moments[given][:, given], self.moments[given][:, ~given]
         inverse = torch.linalg.pinv(among, rtol=_THE_SAME, hermitian=True)
         slopes = inverse @ across
@@ -140,8 +140,8 @@ class _Class:
 
 
 def _uniform(shape: tuple[int, int], seed: int, first: int) -> Tensor:
-    """Numbers from 0 to 1 for images first, first + 1, ..., (n, m) float64, which follow from seed and image alone."""
+    """Numbers from 0 to 1, (n, m) float64, for images first, first + 1, ...; they depend on seed and image alone."""
     count, size = shape
-    blocks = math.ceil(size / 4)  # of four numbers; Philox can begin at any (doi:10.1145/2063384.2063405)
+    blocks = math.ceil(size / 4)  # of four numbers; Philox can begin at any block (doi:10.1145/2063384.2063405)
     random = np.random.Philox(np.random.SeedSequence([seed, 2])).advance(first * blocks)
     return torch.from_numpy(np.random.Generator(random).random((count, 4 * blocks))[:, :size]).clamp_min(1e-12)

@@ -19,16 +19,16 @@ from models.classifier import classifier_transforms
 from parameters import Parameter, as_plain, from_plain
 from settings import InputError
 
-_FEWEST = 10  # images with a known parameter that something is said about
+_FEWEST = 10  # images in which a parameter must be known for it to be assessed
 
 
 class LensRegressor(torchvision.models.ResNet):
-    """ResNet18 with an output for the phase of each parameter, and two, its cosine and sine, for those that are angles.
+    """ResNet18 with one output for the phase of each parameter, or two for an angle: the cosine and sine of its phase.
 
     Attributes:
         image_size: pixels that images are resized to.
         channels: of the images.
-        lens_parameters: that it reads, in order.
+        lens_parameters: parameters that it reads, in order.
     """
 
     def __init__(self, image_size: int, channels: int, parameters: Sequence[Parameter]):
@@ -39,7 +39,7 @@ class LensRegressor(torchvision.models.ResNet):
         self.image_size, self.channels, self.lens_parameters = image_size, channels, tuple(parameters)
 
     def description(self) -> dict[str, Any]:
-        """What a checkpoint says of it."""
+        """Its configuration, as a checkpoint holds it."""
         return {
             "image_size": self.image_size,
             "channels": self.channels,
@@ -66,13 +66,13 @@ class LensRegressor(torchvision.models.ResNet):
         return phases_of(self.outputs(images, batch_size), self.lens_parameters)
 
     def read_values(self, images: Tensor, batch_size: int = 128) -> dict[str, np.ndarray]:
-        """The same in the units of the parameters, by name, (n,) each."""
+        """What ``read`` finds, as values (n,) of each parameter by name, in its unit."""
         phases = self.read(images, batch_size).double().numpy()
         return {of.name: of.value(phases[:, i]) for i, of in enumerate(self.lens_parameters)}
 
 
 def phases_of(outputs: Tensor, parameters: Sequence[Parameter]) -> Tensor:
-    """Phases (n, parameters) that outputs (n, outputs) of a regressor mean."""
+    """Phases (n, parameters) from outputs (n, outputs) of a regressor."""
     found, columns = [], iter(outputs.unbind(1))
     for of in parameters:
         value = next(columns)
@@ -94,12 +94,12 @@ class Recovery:
 
     @classmethod
     def of(cls, regressor: LensRegressor, images: NpyDataset) -> "Recovery":
-        """What a regressor reads off the images of a folder that says what they are."""
+        """What a regressor reads off the images of a folder that gives their parameters."""
         return cls.between(regressor, images.phases(regressor.lens_parameters), images.images)
 
     @classmethod
     def between(cls, regressor: LensRegressor, asked: Tensor, images: Tensor) -> "Recovery":
-        """What it reads off images (n, c, s, s) that have, or should have, phases (n, parameters)."""
+        """What a regressor reads off images (n, c, s, s) that have, or should have, phases (n, parameters)."""
         return cls(regressor.lens_parameters, asked.double().numpy(), regressor.outputs(images))
 
     def loss(self) -> float:
@@ -107,10 +107,10 @@ class Recovery:
         return float(np.concatenate([self._errors(i)[0] for i in range(len(self.parameters))]).mean())
 
     def table(self) -> dict[str, dict[str, Any]]:
-        """R^2, bias and scatter of each parameter; those of its logarithm where that is its scale.
+        """R^2, bias and scatter of each parameter, or of its logarithm if its scale is logarithmic.
 
-        R^2 of an angle is that of its cosine and sine. Those that are the same in all images, or known of fewer than
-        ten, are left out.
+        R^2 of an angle is that of its cosine and sine. Parameters that are the same in all images, or known in fewer
+        than ten, are left out.
         """
         found = {}
         for i, of in enumerate(self.parameters):
@@ -126,13 +126,13 @@ class Recovery:
         return found
 
     def panels(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Values asked for and read, by a title with the unit; logarithms where that is the scale."""
+        """Values asked for and read, by a title with the unit; their logarithms if the scale is logarithmic."""
         found = {}
         for i, of in enumerate(self.parameters):
             known = np.isfinite(self.asked[:, i])
             if known.sum() >= _FEWEST:
                 asked, read = (phases[known, i] for phases in (self.asked, self.read))
-                if of.scale == "angle":  # the nearest of those that are the same
+                if of.scale == "angle":  # whole periods bring the angle that is read nearest to the one asked for
                     asked, read = (phases / (2 * np.pi) * of.period for phases in (asked, read))
                     asked = asked % of.period
                     read = asked + (read - asked + of.period / 2) % of.period - of.period / 2

@@ -1,7 +1,7 @@
 """Telescopes: the blur and the noise that they add to the light of a lens.
 
-The noise is that of lenstronomy (Birrer & Amara 2018, arXiv:1803.09746), which gives the two numbers that it follows
-from. Images keep their pixels: what an instrument sees in larger or smaller ones is taken on the area of these.
+The noise is that of lenstronomy (Birrer & Amara 2018, arXiv:1803.09746), which gives its two standard deviations, of
+the sky and of shot noise. Images keep their pixels: the noise is computed for their area, not for the instrument's own.
 """
 
 import math
@@ -16,7 +16,7 @@ from dataset import NpyDataset, normalize
 from settings import InputError
 from simulate.recipes import recipe_behind, scale_of
 
-_DEVIATION = 1 / math.sqrt(8 * math.log(2))  # of a Gaussian, over its full width at half maximum
+_DEVIATION = 1 / math.sqrt(8 * math.log(2))  # standard deviation of a Gaussian over its full width at half maximum
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Observation:
 
     @cached_property
     def shot_noise(self) -> float:
-        """Standard deviation of the shot noise of 1 count per second; it goes with the square root of the light."""
+        """Standard deviation of the shot noise of 1 count per second; it grows as the square root of the light."""
         return float(self._band.flux_noise(1.0))
 
     @cached_property
     def blur(self) -> float:
-        """Standard deviation, in pixels, of the Gaussian that the images lack; 0 where they are as blurred already."""
+        """Standard deviation, in pixels, of the Gaussian blur that images still lack; 0 if they are blurred enough."""
         missing = self.instrument.psf_fwhm**2 - self.image_fwhm**2
         return math.sqrt(max(0.0, missing)) * _DEVIATION / self.pixel_scale
 
@@ -95,9 +95,9 @@ class Observation:
         Args:
             light: noise-free images (n, c, h, w), in counts per second.
             noise: standard normal numbers of the same shape, see ``seeded_noise``.
-            depth: how many times as long the instrument looks, (n,) or one for all.
+            depth: exposure time over that of the instrument, (n,) or one for all.
         """
-        if self.blur > 0.1:  # less than that no pixel shows
+        if self.blur > 0.1:  # a smaller blur shows in no pixel
             from torchvision.transforms.v2.functional import gaussian_blur  # here: slow to import, too
 
             width = 2 * math.ceil(4 * self.blur) + 1
@@ -108,7 +108,7 @@ class Observation:
 
 
 def seeded_noise(seed: int, numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers (n, *shape): those of an image follow from the seed and its number alone, (n,) int64."""
+    """Standard normal noise (n, *shape), which depends on the seed and the numbers of the images, (n,) int64, alone."""
     streams = (np.random.default_rng([seed, number]) for number in numbers.tolist())
     return torch.from_numpy(np.stack([stream.standard_normal(shape, np.float32) for stream in streams]))
 
@@ -121,7 +121,7 @@ class Observer:
         observation: what is done to light.
         peak: counts per second of the brightest pixel, the same in all images; None for images that keep their flux.
         unit: counts per second of one unit of the files.
-        seed: of the noise: another one for each set of images that others are compared with.
+        seed: of the noise; sets of images that are compared with each other need different ones.
     """
 
     observation: Observation
@@ -138,9 +138,9 @@ class Observer:
         random: torch.Generator | None = None,
         depth: Tensor | float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (n, c, h, w) that fill [0, 1] each, of minima and maxima (n,) in the unit of the files, as observed.
+        """Observes images (n, c, h, w), each of which fills [0, 1], of minima and maxima (n,) in the unit of the files.
 
-        The noise is that of the ``numbers`` of the images, (n,), or fresh from ``random``.
+        The noise depends on the ``numbers`` of the images, (n,), and ``seed``, or is drawn from ``random``.
 
         Returns:
             Images that fill [0, 1] again, and their minima and maxima in counts per second.
@@ -157,14 +157,14 @@ class Observer:
 
 
 def observer_of(dataset: NpyDataset, name: str, peak: float | None = None, seed: int = 0) -> Observer:
-    """An instrument, by its name, that looks at images like those of a dataset.
+    """The observer that sees images like those of a dataset through the instrument of a name.
 
     Args:
-        peak: counts per second of the brightest pixel of each image. None takes the brightness that images have in
-            their files, or, where images keep no flux, its median.
+        peak: counts per second of the brightest pixel of each image. None takes the brightness of each image in its
+            file, or, if images keep no flux, the median brightness for all.
 
     Raises:
-        InputError: for images that have the noise of a telescope already, or are narrower than its blur.
+        InputError: for images that have the noise of a telescope already, or are too small for its blur.
     """
     instrument, recipe = INSTRUMENTS[name], recipe_behind(dataset)
     if recipe and recipe.noise:
@@ -183,9 +183,9 @@ def observer_of(dataset: NpyDataset, name: str, peak: float | None = None, seed:
 def observers_of(
     dataset: NpyDataset, name: str | None, peak: float | None, seed: int, count: int
 ) -> list[Observer | None]:
-    """``observer_of`` for several sets of images, each with noise of its own; says what the instrument does to them.
+    """``observer_of`` for several sets of images, each with noise of its own; prints what the instrument does to them.
 
-    Without the name of an instrument, nothing looks at them.
+    Without the name of an instrument, each observer is None.
     """
     if name is None:
         return [None] * count

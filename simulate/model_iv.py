@@ -1,7 +1,7 @@
 """Lenses of the DeepLense Model IV: galaxies in three bands behind populations of dark-matter haloes.
 
-pyHalo (Gilman et al. 2020, arXiv:1908.06983) draws the haloes, which lie on dozens of planes along the line of sight:
-an image takes seconds. Where the user has no images of galaxies, GalSim (Rowe et al. 2015, arXiv:1407.7676) draws some.
+pyHalo (Gilman et al. 2020, arXiv:1908.06983) draws the haloes. They lie on dozens of planes along the line of sight, so
+an image takes seconds. If the user has no images of galaxies, GalSim (Rowe et al. 2015, arXiv:1407.7676) draws some.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,17 @@ _LENS_LIGHT = (  # magnitudes in g, r and i, and the rest as lenstronomy takes i
     ((17, 18, 19), {"R_sersic": 0.4, "n_sersic": 2.3, "e1": 0.0, "e2": 0.05}),
     ((28, 28, 28), {"R_sersic": 1.5, "n_sersic": 1.2, "e1": 0.0, "e2": 0.3}),
 )
-_VELOCITY = 260, 20  # km/s, mean and standard deviation, of lenses without haloes
-_MAIN_LENS = ({"theta_E": 1.5, "e1": 0.0, "e2": 0.0}, {"gamma1": 0.05, "gamma2": 0.0})  # of the others, in arcsec
-_CONE = 10  # arcsec across, of the haloes of cold dark matter
-_LEAST_HALO = 6.0  # log10 of solar masses, of the same; with 7, an image takes 2 s in place of 18
+_VELOCITY = 260, 20  # velocity dispersion of lenses without haloes in km/s: mean and standard deviation
+_MAIN_LENS = ({"theta_E": 1.5, "e1": 0.0, "e2": 0.0}, {"gamma1": 0.05, "gamma2": 0.0})  # with haloes, in arcsec
+_CONE = 10  # opening angle, in arcsec, of the cone that holds the haloes of cold dark matter
+_LEAST_HALO = 6.0  # least mass of these haloes, log10 of solar masses; with 7, an image takes 2 s instead of 18
 _AXION_MASS = -21  # log10 of eV
-# Of the bulge, the disc and the knots of a galaxy drawn here, in g, r and i
+# Brightness in g, r and i (columns) of the bulge, the disc and the knots (rows) of a galaxy that is drawn here
 _COLOURS = np.array([[0.6, 1.0, 1.3], [1.0, 1.0, 1.0], [1.6, 1.0, 0.7]])
 
 
 def with_galaxies(path: str | None) -> tuple[Callable[..., dict[str, Any]], Callable[..., np.ndarray]]:
-    """What draws the parameters of an image and what renders them, with the galaxies of a Galaxy10 file or drawn ones.
+    """Functions that draw an image's parameters and that render it, with galaxies of a Galaxy10 file or drawn ones.
 
     Raises:
         InputError: when a package is missing or the file is not that of Galaxy10.
@@ -48,7 +48,7 @@ def with_galaxies(path: str | None) -> tuple[Callable[..., dict[str, Any]], Call
 
 
 def draw_lens(rng: np.random.Generator, name: str, galaxies: int | None = None) -> dict[str, Any]:
-    """The parameters of an image of a class but its noise, NaN where the class has no such parameter."""
+    """The parameters of an image of a class, without those of its noise; NaN where the class has no such parameter."""
     row = {
         "source_xy": rng.uniform(-_SOURCE_BOX, _SOURCE_BOX, 2),
         "source_angle": rng.uniform(-np.pi, np.pi),
@@ -100,7 +100,7 @@ def _lens(row: dict[str, Any], recipe: Recipe) -> tuple[list[str], list[float], 
 
 
 def _forget_truncation() -> None:
-    """Takes back what pyHalo keeps of earlier haloes: a table that grows, whose interpolation later ones depend on."""
+    """Resets a table that pyHalo keeps of earlier haloes: it grows, and later haloes depend on its interpolation."""
     from pyHalo.Halos.galacticus_truncation import transfer_function_density_profile as module
 
     module.x_min, module.x_max, module.Mass_table_Initialized = 1e-6, 1e4, False  # as when it is imported
@@ -108,10 +108,10 @@ def _forget_truncation() -> None:
 
 @cache
 def _populations(recipe: Recipe) -> dict[str, Callable[[], Any]]:
-    """What draws the haloes of each class."""
+    """The function that draws the haloes of each class."""
     import colossus.settings
 
-    colossus.settings.PERSISTENCE = ""  # no files in the user's home, which processes would write at once
+    colossus.settings.PERSISTENCE = ""  # no files in the user's home: several processes would write them at once
     _keep_what_repeats()
     from pyHalo.PresetModels.cdm import CDM
     from pyHalo.PresetModels.uldm import ULDM
@@ -119,19 +119,19 @@ def _populations(recipe: Recipe) -> dict[str, Callable[[], Any]]:
     universe = cosmology(recipe)
     universe = {"H0": universe.H0.value, "Om0": universe.Om0, "Ob0": universe.Ob0}
     cold = partial(CDM, recipe.z_lens, recipe.z_source, kwargs_cosmo=universe)
-    # Without the fluctuations of the main halo, for which pyHalo must be told where the images lie
+    # Without the fluctuations of the main halo: for these, pyHalo must be told where the lensed images lie
     axion = partial(ULDM, recipe.z_lens, recipe.z_source, _AXION_MASS, flucs=False, kwargs_cosmo=universe)
     return {"cdm": partial(cold, cone_opening_angle_arcsec=_CONE, log_mlow=_LEAST_HALO), "axion": axion}
 
 
 @cache
 def _keep_what_repeats() -> None:
-    """Has pyHalo compute once what it computes anew for every image, which then takes half the time, bit for bit."""
+    """Makes pyHalo keep what it would compute anew for every image; an image takes half the time, equal bit for bit."""
     from colossus.cosmology.cosmology import getCurrent, setCurrent
     from pyHalo import pyhalo
     from pyHalo.Halos import lens_cosmo, tidal_truncation
 
-    kept = lru_cache(2**16)  # all planes of a light cone fit in, and memory does not grow
+    kept = lru_cache(2**16)  # has room for all planes of a light cone, and memory does not grow
     universe, two_halo_term = pyhalo.Cosmology, lens_cosmo.twoHaloTerm
     universe.D_A, universe.D_A_z = kept(universe.D_A), kept(universe.D_A_z)
     tidal_truncation.tau_mf_interpolation = kept(tidal_truncation.tau_mf_interpolation)

@@ -1,4 +1,4 @@
-"""The recipes that simulate/ makes images by, for whoever reads such images. Imports nothing that takes time."""
+"""The recipes by which simulate/ makes images, and which recipe made the images of a folder. Imports nothing slow."""
 
 import json
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from dataset import NpyDataset
 
 RECIPE_FILE = "recipe.json"  # beside the class folders
-CHOICES = ("noise", "cosmology", "convention", "zero_point")  # what is not the same in all images of a model
+CHOICES = ("noise", "cosmology", "convention", "zero_point")  # what may differ between images of the same model
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How images are simulated. Magnitudes are those of 1 count per second at ``zero_point``."""
+    """How images are simulated. A source of magnitude ``zero_point`` gives 1 count per second."""
 
     model: str  # of DeepLense: I, II, III or IV
     classes: tuple[str, ...]  # names of the class folders, alphabetical
@@ -27,7 +27,7 @@ class Recipe:
     zero_point: float  # magnitude
     exposure: tuple[float, float]  # least and most, in seconds; log-uniform in between, the same for all bands
     sky_noise: float  # standard deviation, counts per second a pixel, at ``published_zero_point``
-    published_zero_point: float  # of the published code, which had an older lenstronomy, and of the noise
+    published_zero_point: float  # zero point of the published code, with an older lenstronomy, and of the noise
     z_convention: float | None  # redshift of the source that deflections are meant for; None takes them as they are
     noise: bool
     z_lens: float = 0.5
@@ -36,7 +36,7 @@ class Recipe:
     source: tuple[str, float] = ("magnitude", 20)  # or ("amp", brightness at R_sersic in counts per second / arcsec^2)
     psf_truncation: float = 5  # standard deviations
     photons: bool = False  # images are numbers of photons in place of counts per second
-    times: float = 2  # the published images without noise are so many times the model: a slip of their code
+    times: float = 2  # published images without noise are the model times this: a slip of their code
     published_file: str = "{class}/{class}_sim_{index}.npy"
     cosmology: str = "WMAP9"  # of the ray tracing
     convention: str = "luminosity"  # of distances in Einstein radii
@@ -60,7 +60,7 @@ def sky_noise(
 
 _KINDS = ("axion", "cdm", "no_sub"), ("no_sub",)
 
-# Euclid VIS over 6 years as in lenstronomy 1.9.2, which the published code had, but for the zero point: that of
+# Euclid VIS over 6 years as in lenstronomy 1.9.2, which the published code used. Only the zero point is that of
 # lenstronomy 1.14.2, in which all images have been written here
 MODEL_II = Recipe(
     *("II", *_KINDS, (1, 64, 64)),
@@ -73,7 +73,7 @@ MODEL_II = Recipe(
     z_convention=2.5,
     noise=False,
 )
-# HST WFC3 F160W, one exposure, the same in both
+# HST WFC3 F160W, one exposure, the same in both versions of lenstronomy
 MODEL_III = replace(
     MODEL_II,
     model="III",
@@ -84,7 +84,7 @@ MODEL_III = replace(
     sky_noise=sky_noise(1, 5400, 22.3, 25.96, 4, 0.08),
     published_zero_point=25.96,
 )
-# An instrument made by hand, without magnitudes
+# An instrument that stands for no real one, without magnitudes
 MODEL_I = replace(
     MODEL_II,
     model="I",
@@ -102,7 +102,7 @@ MODEL_I = replace(
     photons=True,
     times=1,
 )
-# The instrument of Model II three times, called g, r and i; the lens and its light are in model_iv.py
+# The instrument of Model II for each of three bands, called g, r and i; the lens and its light are in model_iv.py
 MODEL_IV = replace(
     MODEL_II,
     model="IV",
@@ -120,8 +120,8 @@ MODELS = {recipe.model: recipe for recipe in (MODEL_I, MODEL_II, MODEL_III, MODE
 def recipe_of(classes: Sequence[str], image_shape: Sequence[int], root_dir: str | Path | None = None) -> Recipe | None:
     """The recipe that made images of these classes and this shape; None for images of unknown origin.
 
-    The folder of the images says it in its ``recipe.json``. Where there is none, 64 x 64 pixels of three known classes
-    are Model II, in a folder as it was published.
+    A folder says it in its ``recipe.json``. Without that file, images with the shape and the classes of Model II are
+    taken for Model II: as published, if a folder is given.
     """
     told = _read(Path(root_dir) / RECIPE_FILE) if root_dir is not None else {}
     recipe = MODELS.get(str(told.get("model", "II")))
@@ -138,7 +138,7 @@ def description(recipe: Recipe) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a recipe.json says; nothing where it is absent or no such thing."""
+    """Content of a recipe.json; {} if it is absent or damaged."""
     with suppress(OSError, ValueError):
         told = json.loads(path.read_bytes())
         return told if isinstance(told, dict) else {}

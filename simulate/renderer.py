@@ -1,7 +1,7 @@
-"""Lenses of the DeepLense Models I, II and III: what is drawn for each, its point masses, and its image by lenstronomy.
+"""Lenses of the DeepLense Models I, II and III: their random parameters, point masses, and images by lenstronomy.
 
 Recipes: Alexander et al. 2020 (arXiv:1909.07346) as coded in DeepLenseSim, rendered by lenstronomy (Birrer & Amara
-2018, arXiv:1803.09746). Every function takes that of Model II unless told otherwise.
+2018, arXiv:1803.09746). Every function uses the recipe of Model II unless it is given another one.
 """
 
 import warnings
@@ -23,13 +23,13 @@ _HALO_MASS = 1e12  # solar masses, like all masses here
 _VORTEX_MASS, _VORTEX_POINTS = 3e10, 100
 _SUBHALO_COUNT, _SUBHALO_MASSES, _SUBHALO_SLOPE, _SUBHALO_RADII = 25, (1e6, 1e10), -0.9, (0.25, 2.0)  # radii in arcsec
 _SOURCE_BOX = 0.35  # the source lies within +-0.35" on each axis
-_COSMOLOGIES = {"WMAP9": (69.7, 0.2814, 0.0464), "Planck18": (67.5, 0.309, 0.049)}  # pyHalo's, before and since 2022
+_COSMOLOGIES = {"WMAP9": (69.7, 0.2814, 0.0464), "Planck18": (67.5, 0.309, 0.049)}  # pyHalo's until, and since, 2022
 _UNITS = {"source_xy": "arcsec", "subhalo_xy": "arcsec", "axion_mass": "eV", "vortex_angle": "rad"}
 _UNITS |= {"subhalo_mass": "solMass", "exposure": "s", "source_angle": "rad", "sigma_v": "km/s", "inclination": "rad"}
 
 
 def draw_lens(rng: np.random.Generator, name: str) -> dict[str, Any]:
-    """The parameters of an image of a class but its noise, NaN where the class has no such parameter."""
+    """The parameters of an image of a class, without those of its noise; NaN where the class has no such parameter."""
     row = {
         "source_xy": rng.uniform(-_SOURCE_BOX, _SOURCE_BOX, 2),
         "axion_mass": np.nan,
@@ -54,7 +54,7 @@ def parameter_table(
     recipe: Recipe = MODEL_II,
     draw: Callable[[np.random.Generator, str], dict[str, Any]] = draw_lens,
 ) -> Table:
-    """Parameters drawn for every image: a row each, which is all that the image depends on.
+    """Table of the parameters drawn for every image, one row each; an image depends on nothing but its row.
 
     Row k depends on ``seed``, its class and its index alone. Angles are in radians, positions in arcsec, masses in
     solar masses, the axion mass in eV, exposures in seconds.
@@ -103,7 +103,7 @@ def _einstein_radius_of_one(convention: str) -> float:
         lens, source = lens * (1 + MODEL_II.z_lens), source * (1 + MODEL_II.z_source)
         between = source - lens
     else:
-        between = (source - lens) / (1 + MODEL_II.z_source)  # of a flat universe
+        between = (source - lens) / (1 + MODEL_II.z_source)  # in a flat universe
         lens, source = lens / (1 + MODEL_II.z_lens), source / (1 + MODEL_II.z_source)
     angle = np.sqrt(4 * constants.G * units.solMass / constants.c**2 * between / (lens * source))
     return 206265 * angle.to_value("")
@@ -111,7 +111,7 @@ def _einstein_radius_of_one(convention: str) -> float:
 
 @cache
 def telescope(num_points: int, recipe: Recipe = MODEL_II) -> tuple[SimAPI, ImageModel]:
-    """lenstronomy's simulator and image model for a lens with so many point masses; slow to build, fast to reuse."""
+    """lenstronomy's simulator and image model for a lens with ``num_points`` point masses; slow to build, then fast."""
     lenses = ["SIE", "SHEAR"] + ["POINT_MASS"] * num_points
     return build_telescope(recipe, lenses, [recipe.z_lens] * len(lenses), source_light_model_list=["SERSIC_ELLIPSE"])
 
@@ -138,7 +138,7 @@ def build_telescope(
                 "seeing": recipe.psf_fwhm,
                 "truncation": recipe.psf_truncation,
                 "magnitude_zero_point": recipe.zero_point,
-                "exposure_time": recipe.exposure[0],  # this and the next are asked for, and not looked at
+                "exposure_time": recipe.exposure[0],  # lenstronomy asks for this and the next, but does not use them
                 "background_noise": recipe.sky_noise,
             },
             kwargs_model={"lens_model_list": lenses, **light, **(planes if recipe.z_convention else {})},
@@ -178,7 +178,7 @@ def render(
 
 
 def render_row(row: dict[str, Any], recipe: Recipe = MODEL_II) -> np.ndarray:
-    """The image of a row of ``parameter_table``: as ``render`` gives it, or with its noise."""
+    """The image of a row of ``parameter_table``: as ``render`` gives it, or with noise if the recipe has any."""
     masses, positions = point_masses(row)
     halo = einstein_radius(_HALO_MASS, recipe.convention)
     image = render(row["source_xy"], einstein_radius(masses, recipe.convention), positions, halo, recipe)
@@ -186,9 +186,9 @@ def render_row(row: dict[str, Any], recipe: Recipe = MODEL_II) -> np.ndarray:
 
 
 def add_noise(model: np.ndarray, row: dict[str, Any], recipe: Recipe) -> np.ndarray:
-    """An image with the shot noise and the sky noise of its exposure, given the one without in counts per second.
+    """Adds the shot noise and the sky noise of its exposure to a noise-free image ``model`` in counts per second.
 
-    Photons are drawn once more from what should be their number already, as the published code does.
+    If a recipe counts photons, their number is drawn once more, around the noisy image, as the published code does.
     """
     rng = np.random.default_rng(row["noise_seed"])
     shot = rng.normal(0, np.sqrt(np.abs(model) / row["exposure"]))
@@ -206,7 +206,7 @@ def smooth_lens(halo_theta_e: float | None = None) -> list[dict[str, float]]:
 
 
 def source_light(recipe: Recipe = MODEL_II) -> dict[str, float]:
-    """The source but for its position, as lenstronomy's SERSIC_ELLIPSE takes it."""
+    """The source without its position, as lenstronomy's SERSIC_ELLIPSE takes it."""
     unit, brightness = recipe.source
     return {unit: brightness, "R_sersic": 0.25, "n_sersic": 1, "e1": -0.1, "e2": 0.1}
 

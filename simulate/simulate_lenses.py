@@ -4,10 +4,10 @@
     python simulate/simulate_lenses.py --model III --data_dir data_III
 
 Writes DATA_DIR/{axion,cdm,no_sub}/{i}.npy (float32, in Model II 64x64 pixels of 0.101"), DATA_DIR/recipe.json, which
-says what they are, and DATA_DIR/parameters.fits, one row an image with everything that was drawn for it. Image i of a
-class depends on SEED, its class and i alone, so a run that was stopped goes on where it was, and more images or more
-processes never change the ones that are there. docs/simulators.md describes the models, simulate/recipes.py has their
-numbers.
+says how they were made, and DATA_DIR/parameters.fits, one row an image with all parameters that were drawn for it.
+Image i of a class depends on SEED, its class and i alone. So a run that was stopped goes on where it was, and more
+images or more processes never change the ones that are there. docs/simulators.md describes the models,
+simulate/recipes.py has their numbers.
 """
 
 import io
@@ -36,13 +36,13 @@ MODEL: Literal["I", "II", "III", "IV"] = "II"  # See docs/simulators.md; IV need
 NUM_PER_CLASS: Count = 5000  # Images of each class; the published sets have 30000
 SEED: Whole = 0  # Change it for an independent set
 NUM_WORKERS: Whole = 0  # Processes; 0 takes one for each core
-GALAXIES_PATH: str | None = None  # Galaxy10_DECals.h5, whose galaxies are the sources of Model IV; None draws others
-AS_PUBLISHED: bool = False  # Files as the published code writes them, those of axions as pickles
+GALAXIES_PATH: str | None = None  # Galaxy10_DECals.h5, whose galaxies are the sources of Model IV; None draws galaxies
+AS_PUBLISHED: bool = False  # Writes files as the published code does, those of axions as pickles
 
-# As the published code has it, and what else makes sense
+# The defaults are as in the published code; the other values make sense, too
 NOISE: Literal["published", "on", "off"] = "published"  # Models I and IV have it; "on" adds it to II and III
-COSMOLOGY: Literal["WMAP9", "Planck18"] = "WMAP9"  # Of the rays; the second one is newer: images differ by 1% of peak
-EINSTEIN_RADIUS_CONVENTION: Literal["luminosity", "angular_diameter"] = "luminosity"  # The second one is the textbook's
+COSMOLOGY: Literal["WMAP9", "Planck18"] = "WMAP9"  # Of the ray tracing; Planck18 is newer: images differ by 1% of peak
+EINSTEIN_RADIUS_CONVENTION: Literal["luminosity", "angular_diameter"] = "luminosity"  # Textbooks: angular_diameter
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     others = {"MODEL": (MODEL, "II"), "NOISE": (NOISE, "published"), "COSMO": (COSMOLOGY, "WMAP9")}
     others |= {"AS_PUBL": (AS_PUBLISHED, False), "GALAXIES": (GALAXIES_PATH and Path(GALAXIES_PATH).name, None)}
     table.meta |= {name: value for name, (value, usual) in others.items() if value != usual}
-    if AS_PUBLISHED:  # their names are not those that class and index say
+    if AS_PUBLISHED:  # the names of these files do not follow from class and index
         table["file"] = [str(image_path(folder, row, recipe, True).relative_to(folder)) for row in table]
     reserve_folder(folder, table, recipe, AS_PUBLISHED)
     todo = [row for row in table if not image_path(folder, row, recipe, AS_PUBLISHED).exists()]
@@ -68,15 +68,15 @@ def main() -> None:
     job = partial(simulate_to_file, folder, recipe, render, AS_PUBLISHED)
     pool = render_pool(workers)
     try:
-        chunk = max(1, min(16, len(rows) // (4 * workers)))  # small where an image takes long
+        chunk = max(1, min(16, len(rows) // (4 * workers)))  # small for few images, so that all processes have work
         for _ in tqdm(pool.map(job, rows, chunksize=chunk), total=len(rows), unit="image"):
             pass
     finally:
-        pool.shutdown(cancel_futures=True)  # on Ctrl-C, drops what has not begun
+        pool.shutdown(cancel_futures=True)  # on Ctrl-C, drops images that were not begun
 
 
 def chosen_recipe() -> Recipe:
-    """The recipe of the model, with what is not as published."""
+    """The recipe of MODEL, changed where the other constants are not as published."""
     recipe = replace(MODELS[MODEL], cosmology=COSMOLOGY, convention=EINSTEIN_RADIUS_CONVENTION)
     if NOISE != "published":
         recipe = replace(recipe, noise=NOISE == "on")
@@ -127,7 +127,7 @@ def reserve_folder(folder: Path, table: Table, recipe: Recipe = MODEL_II, as_pub
     if old is None or len(old) < len(table):
         packed = io.BytesIO()
         table.write(packed, format="fits")
-        with whole(path) as file:  # before the folders: whatever is there then belongs to it
+        with whole(path) as file:  # before the class folders, so that whatever they hold belongs to this table
             file.write(packed.getbuffer())
     class_folders = {image_path(folder, row, recipe, as_published).parent for row in table}
     for place in {folder, *(path.parent for path in class_folders)}:

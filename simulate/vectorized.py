@@ -1,7 +1,7 @@
-"""The recipe of Model II for many images at once, in float32 on any device, with the formulas of caustics.
+"""Renders Model II for many images at once, in float32 on any device, with the formulas of caustics.
 
-For timing: the strongest simulator that a generator can be compared with. The main lens is the same in every image, so
-its deflections are computed once, by lenstronomy; the point masses are those of each image.
+It is there for timing: the fastest simulator that a generator can be compared with. The main lens is the same in every
+image, so its deflections are computed once, by lenstronomy; the point masses differ from image to image.
 
 Formulas: caustics (Stone et al. 2024, arXiv:2406.15542).
 """
@@ -37,10 +37,10 @@ def to_tensors(rows: Sequence[dict[str, Any]], device: torch.device | str) -> tu
 def shoot_rays(
     source: Tensor, radius: Tensor, centre: Tensor, pixels: Tensor, rays: Tensor, psf: Tensor, light: Tensor
 ) -> Tensor:
-    """Images (n, h, w): nothing but tensors, so that torch can compile it.
+    """Images (n, h, w); takes nothing but tensors, so that torch can compile it.
 
     Args:
-        source: its centre, (n, 2).
+        source: centre of the source, (n, 2).
         radius, centre: Einstein radii and positions of the point masses, (n, m) and (n, m, 2).
         pixels, rays, psf, light: see ``_recipe``.
     """
@@ -58,7 +58,7 @@ def _recipe(device: torch.device) -> tuple[Tensor, ...]:
     matrix (h, h); the source's axis ratio, angle, Sérsic index, radius and b_n."""
     light = source_light()
     phi, q = ellipticity2phi_q(light["e1"], light["e2"])
-    size = light["R_sersic"] / np.sqrt(q)  # lenstronomy's is the mean of the axes
+    size = light["R_sersic"] / np.sqrt(q)  # lenstronomy's radius is the geometric mean of the axes
     light = np.array([q, phi, light["n_sersic"], size, SersicUtil().b_n(light["n_sersic"])])
     return tuple(_to_device(values, device) for values in (pixel_centres(), source_plane(), psf_matrix(), light))
 
