@@ -6,7 +6,7 @@
 Contenders: lenstronomy as simulate/simulate_lenses.py uses it, on all cores; the same recipe for many images at once
 (simulate/vectorized.py), compiled; the reference sampler, 50 Euler steps with guidance of NanoDiT-B/2, untrained since
 its speed is the same; the generator of CHECKPOINT_PATH with 1 to 16 network evaluations (NFE) an image, and compiled.
-For images without a recipe there are no simulators. Writes OUTPUT_DIR/benchmark.json and OUTPUT_DIR/benchmark.png and
+For images without a recipe, no simulator is timed. Writes OUTPUT_DIR/benchmark.json and OUTPUT_DIR/benchmark.png and
 prints the tables.
 """
 
@@ -45,25 +45,25 @@ from simulate.workers import render_pool
 
 DATA_DIR: str | None = None  # Folder of images: adds the Fréchet distance to its test images
 CHECKPOINT_PATH: str = default_generator()  # The one trained here, or else the one of the repository
-CLASSIFIER_PATH: str | None = None  # Gives the lens features; None likewise
-CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
+CLASSIFIER_PATH: str | None = None  # Gives the lens features; None takes the one trained here, or else the repository's
+CACHE_DIR: str | None = None  # Where packed images are kept; None means their own folder, if it can be written to
 OUTPUT_DIR: str = "benchmark"  # Where the table and the plot go
 BATCH_SIZE: Count = 64  # Images at once
-ROUNDS: Count = 3  # Every contender is timed in each round; the least time counts: what others do adds to it
-IMAGES_PER_CLASS: Count = 500  # In a Fréchet distance; as many as half of the test images if these are fewer
+ROUNDS: Count = 3  # Every contender is timed in each round; the least time counts: other programs add to it
+IMAGES_PER_CLASS: Count = 500  # In a Fréchet distance; at most half of the test images of a class
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
 _NFE = (1, 2, 4, 8, 16)
 _BATCHES = (1, 8, 64, 512)
 _LENSTRONOMY, _VECTORIZED, _REFERENCE = "lenstronomy, all cores", "vectorized simulator", "reference sampler"
-_Timed = dict[str, tuple[int, Callable[[], object]]]  # contender -> images, and what makes them
+_Timed = dict[str, tuple[int, Callable[[], object]]]  # contender -> number of images, function that makes them
 
 
 def main() -> None:
     device = settings.pick_device(DEVICE)
     hold(OUTPUT_DIR)
     model = load_model(CHECKPOINT_PATH, DEVICE)
-    quality = {} if DATA_DIR is None else quality_of(model, device)  # first: what is wrong with the data shows at once
+    quality = {} if DATA_DIR is None else quality_of(model, device)  # first, so that wrong data show at once
     generators = networks(model, device)
     with simulators(model, device) as contenders:
         contenders |= {name: (drawn[1], partial(draw, *drawn)) for name, drawn in generators.items()}
@@ -107,7 +107,8 @@ def operations(work: Callable[[], object]) -> int:
 
 
 def operations_of_image(model: Generator, images: int, sampler: flow.Sampler) -> float:
-    """Operations of one image among so many: of each network evaluation, which a short run tells, and of decoding."""
+    """Operations an image, in a batch of ``images``: those of all network evaluations, extrapolated from runs of one
+    and two steps, and those of decoding."""
     one, two = (
         operations(partial(draw, model, images, replace(sampler, steps=steps, tolerance=None))) for steps in (1, 2)
     )
@@ -116,7 +117,7 @@ def operations_of_image(model: Generator, images: int, sampler: flow.Sampler) ->
 
 @contextmanager
 def simulators(model: Generator, device: torch.device) -> Iterator[_Timed]:
-    """Both simulators of images like the generator's, as many of each class; none where no recipe makes them."""
+    """Both simulators of images like the generator's, equally many of each class; empty if no recipe makes them."""
     if recipe_of(model.classes, model.image_shape) is None:
         yield {}
         return
@@ -138,7 +139,7 @@ def simulators(model: Generator, device: torch.device) -> Iterator[_Timed]:
 
 
 def compiles(work: Callable[[], object]) -> bool:
-    """Whether work with compiled functions can be done: a CPU needs a C++ compiler for that."""
+    """Whether the compiled functions in ``work`` run here: on a CPU, torch needs a C++ compiler for them."""
     try:
         work()
     except Exception:  # whatever the compiler's problem is
@@ -161,7 +162,7 @@ def networks(model: Generator, device: torch.device) -> dict[str, tuple[Generato
 
 
 def of_steps(model: Generator, steps: int) -> flow.Sampler:
-    """The generator's sampler with exactly so many steps; with its own number of steps it stays as it is."""
+    """The generator's sampler with exactly ``steps`` steps; for its own number of steps, the sampler as it is."""
     return model.sampler if steps == model.sampler.steps else model.sampler_for(steps)
 
 
@@ -175,7 +176,8 @@ def draw(model: Generator, images: int, sampler: flow.Sampler) -> Tensor:
 
 
 def other_sizes(model: Generator) -> Iterator[tuple[int, Generator]]:
-    """Untrained generators like ``model`` for images of half its pixels on a side to four times, where it fits them."""
+    """Untrained generators like ``model`` for images of half, once, twice and four times its pixels on a side; sizes
+    that the network cannot take are left out."""
     channels, size, _ = model.image_shape
     config = {"prediction": model.prediction} | model.network.config
     config.pop("input_size", None)
@@ -184,7 +186,7 @@ def other_sizes(model: Generator) -> Iterator[tuple[int, Generator]]:
         patch = {"patch_size": min(config["patch_size"], n)} if "patch_size" in config else {}
         try:
             other = build_untrained(like, model.classes, (channels, n, n), **config | patch)
-        except ValueError:  # no such images, or not for this network
+        except ValueError:  # no image or no such network has this size
             continue
         yield n, other.to(model.device).eval()
 
@@ -211,7 +213,7 @@ def quality_of(model: Generator, device: torch.device) -> dict[int, dict[str, fl
 def print_contenders(
     found: dict[str, dict[str, float]], rate: float, quality: dict[int, dict[str, float]], classes: tuple[str, ...]
 ) -> None:
-    """Time of each contender, beside lenstronomy and beside the time that its operations alone take."""
+    """Prints the time of each contender, and its ratios to lenstronomy and to the time its operations alone take."""
     print(
         "\n| | ms an image | images/s | times lenstronomy | over the arithmetic floor | Fréchet distance over floor |"
     )
@@ -229,7 +231,7 @@ def print_contenders(
 
 
 def print_growth(growth: dict[str, dict[int, float]], memory: dict[int, float]) -> None:
-    """How the generator's cost grows."""
+    """Prints how the generator's cost grows with each of three quantities."""
     for name, costs in growth.items():
         print(f"\n| {name} | {' | '.join(map(str, costs))} |\n|---|{'---|' * len(costs)}")
         print(f"| ms an image | {' | '.join(f'{1e3 * value:.3g}' for value in costs.values())} |")
@@ -239,7 +241,7 @@ def print_growth(growth: dict[str, dict[int, float]], memory: dict[int, float]) 
 
 @plots.own_style
 def picture(found: dict[str, dict[str, float]], quality: dict[int, dict[str, float]]) -> Figure:
-    """Speeds, with the distance beside those whose quality was measured."""
+    """Bars of speeds; where quality was measured, its Fréchet distance stands beside the bar."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     speeds = [1 / of_name["seconds"] for of_name in found.values()]

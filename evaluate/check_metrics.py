@@ -2,8 +2,8 @@
 
     python evaluate/check_metrics.py
 
-Makes their images from those of DATA_DIR in OUTPUT_DIR, scores them like generated ones and prints a table. Real images
-that nothing was done to must stay at the floor everywhere.
+Makes the broken images in OUTPUT_DIR from those of DATA_DIR, scores them like generated ones and prints a table.
+Unchanged real images must stay at the floor everywhere.
 """
 
 import shutil
@@ -28,16 +28,16 @@ from simulate.instrument import INSTRUMENTS, observers_of
 
 DATA_DIR: str = "data"  # Folder with a folder of images for each class
 OUTPUT_DIR: str = "metric_check"  # Where the broken images go
-CLASSIFIER_PATH: str | None = None  # Gives the lens features; None is that of the repository if none was trained here
+CLASSIFIER_PATH: str | None = None  # Gives the lens features; None takes the one trained here, or else the repository's
 INSTRUMENT: Literal[(None, *INSTRUMENTS)] = None  # Looks at noise-free images, real and broken, with this telescope
 PEAK: Positive | None = None  # Counts per second of the brightest pixel, for INSTRUMENT; None takes it from the files
-CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
-IMAGES_PER_CLASS: Count = 1000  # As many as half of the test or all of the validation images if these are fewer
-NUM_SPLITS: Splits = 10  # Random halves of the real images, for floors and their deviation
+CACHE_DIR: str | None = None  # Where packed images are kept; None means their own folder, if it can be written to
+IMAGES_PER_CLASS: Count = 1000  # To be scored; at most half of the test images and all validation images of a class
+NUM_SPLITS: Splits = 10  # Random halves of the real images, for floors and their standard deviation
 SEED: Whole = 0  # Of the splits and of what is done to the images
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
-# Changes of the images (n, c, s, s) of the validation split, class by class
+# Broken generator -> how it changes the validation images (n, c, s, s) of a class
 _BROKEN: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "real": lambda images, rng: images,
     "one_image": lambda images, rng: np.repeat(images[:1], len(images), axis=0),
@@ -47,9 +47,9 @@ _BROKEN: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
         (np.arange(len(images)) % 20 == 0)[:, None, None, None], rng.random(images.shape), images
     ),
 }
-# And two that are not made image by image: training images returned, and classes given each other's images
+# Two more, not made by such a function: copies of training images, and images that are given to another class
 _COPIES, _SWAPPED = "copies", "swapped"
-_MARKER = "made_here.txt"  # in OUTPUT_DIR, so that nobody's own folder is written to
+_MARKER = "made_here.txt"  # marks OUTPUT_DIR, so that a folder that was not made here is never written to
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
         name: reference.score(name, NpyDataset(folder).observed(of_broken), NUM_SPLITS, SEED).metrics
         for name, folder in tqdm(folders.items(), "broken generators", leave=False)
     }
-    print(f"\n{count} images a class, {NUM_SPLITS} splits; bold: one in a thousand would be so far from the floor\n")
+    print(f"\n{count} images a class, {NUM_SPLITS} splits; bold: chance puts one in a thousand so far from the floor\n")
     for subset in subsets_of(test):
         print(f"| {subset} | floor | {' | '.join(found)} |\n|---|---|{'---|' * len(found)}")
         for name, title in titles_of(test).items():

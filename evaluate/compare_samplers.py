@@ -29,10 +29,10 @@ from settings import Count, Whole
 
 DATA_DIR: str = "data"  # Folder with a folder of images for each class: its test images are the reference
 CHECKPOINT_PATH: str = default_generator()  # The one trained here, or else the one of the repository
-CLASSIFIER_PATH: str | None = None  # Gives the lens features; None likewise
-CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
+CLASSIFIER_PATH: str | None = None  # Gives the lens features; None takes the one trained here, or else the repository's
+CACHE_DIR: str | None = None  # Where packed images are kept; None means their own folder, if it can be written to
 OUTPUT_DIR: str = "samplers"  # Where the table and the plot go
-IMAGES_PER_CLASS: Count = 1000  # In a distance; as many as half of the test images of a class if these are fewer
+IMAGES_PER_CLASS: Count = 1000  # In a distance; at most half of the test images of a class
 SEED: Whole = 0  # Of the noise
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
@@ -82,7 +82,7 @@ def main() -> None:
 def with_guidance(
     model: Generator, labels: Tensor, steps: int, scale: float, interval: tuple[float, float]
 ) -> tuple[Tensor, int]:
-    """Images of the multistep solver with guidance at times in an interval, and how many NFE each takes."""
+    """Images of the multistep solver with guidance inside an interval of times, and the NFE that each takes."""
     sampler = flow.Sampler(steps, scale, "multistep", "logit")
     times = flow.evaluation_times(sampler, model.standard_deviation is not None)[:-1]
     doubled = sum(interval[0] <= t <= interval[1] for t in times)

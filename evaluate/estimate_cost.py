@@ -1,9 +1,10 @@
-"""Measures the rates of this machine and computes what many images cost on many such devices, and what limits them.
+"""Measures the speed of this machine, and computes from it what many images cost on many such devices.
 
     python evaluate/estimate_cost.py --model_size NanoDiT-S/16 --num_ode_steps 20 --cfg_scale 1
     torchrun --nproc_per_node=8 evaluate/estimate_cost.py       # also measures the all-reduce between the processes
 
-Prints the measured rates and, from them alone, two tables: generating, and a step of training.
+Prints the measured speeds and, computed from them alone, two tables: generating, with what limits it, and a training
+step.
 """
 
 import math
@@ -32,8 +33,8 @@ CFG_SCALE: Guidance = 5.0  # Guidance scale; 1 is no guidance, half of the work
 BATCH_SIZE: Count = 128  # Images at once, on each device
 IMAGE_SIZE: Count = MODEL_II.image_shape[-1]  # Pixels on a side
 CHANNELS: Count = MODEL_II.image_shape[0]  # Of an image
-OUTPUT_DIR: str = "."  # Somewhere on the file system that the images would go to
-NETWORK_GB_PER_S: Positive = 10.0  # Between devices, where it is not measured: when this runs as one process
+OUTPUT_DIR: str = "."  # Any folder on the file system that images would be written to
+NETWORK_GB_PER_S: Positive = 10.0  # Between devices; measured instead when torchrun starts several processes
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
 _IMAGES = (10**6, 10**9)
@@ -80,7 +81,7 @@ def build(shape: tuple[int, int, int]) -> Generator:
     """An untrained generator of MODEL_SIZE.
 
     Raises:
-        InputError: for a network that cannot be of such images.
+        InputError: for a network that cannot take such images.
     """
     try:
         return build_untrained(MODEL_SIZE, MODEL_II.classes, shape)
@@ -89,7 +90,7 @@ def build(shape: tuple[int, int, int]) -> Generator:
 
 
 def print_generating(rates: dict[str, float], size: int) -> None:
-    """Cost of many images of ``size`` bytes; devices share the work, and the file system."""
+    """Prints the cost of many images of ``size`` bytes; devices divide the work, but write to one file system."""
     print("| images | devices | generating | writing a file each | writing one file | bytes | the slower |")
     print("|---|---|---|---|---|---|---|")
     for images in _IMAGES:
@@ -102,12 +103,12 @@ def print_generating(rates: dict[str, float], size: int) -> None:
 
 
 def print_training(rates: dict[str, float], traffic: float, network: float) -> None:
-    """Cost of a step with BATCH_SIZE images a device; a ring sends nearly twice the gradients (arXiv:2006.15704)."""
+    """Prints the cost of a step, BATCH_SIZE images a device; a ring sends gradients nearly twice (arXiv:2006.15704)."""
     print(f"\n| devices | batch | computing | all-reduce | reading | images/s | efficiency |\n{'|---' * 7}|")
     for devices in _DEVICES:
         compute, read = BATCH_SIZE / rates["training"], BATCH_SIZE / rates["reading"]
         reduce = 2 * (devices - 1) / devices * traffic / network
-        step = max(compute, reduce) + read  # gradients travel while others are computed
+        step = max(compute, reduce) + read  # some gradients are sent while others are computed
         row = [f"{1e3 * value:.3g} ms" for value in (compute, reduce, read)]
         rate, ideal = devices * BATCH_SIZE / step, devices * rates["training"]
         print(f"| {devices} | {devices * BATCH_SIZE} | {' | '.join(row)} | {rate:,.0f} | {rate / ideal:.0%} |")

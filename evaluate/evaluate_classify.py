@@ -1,11 +1,11 @@
-"""Says which dark matter a lens image shows, by the trained classifier.
+"""Names the class of a lens image, that is, which dark matter it shows, by the trained classifier.
 
     python evaluate/evaluate_classify.py --npy_path generated_npy/axion/0.npy
     python evaluate/evaluate_classify.py --npy_path generated_npy          # a folder: a table and the accuracy
 
-A third line, or a column, says which images are unlike those that the classifier was trained on, and how. The images
-may be of any range; each is scaled to [0, 1] first, as in training. A file may be of any kind that training takes, also
-a stack, whose images are called name.npy#0, name.npy#1, ...
+A third line, or for a folder a column, says which images are unlike those that the classifier was trained on, and how.
+Images may have any range; each is scaled to [0, 1] first, as in training. A file may be of any kind that training
+takes; the images of a stack are called name.npy#0, name.npy#1, ...
 """
 
 import os
@@ -25,7 +25,7 @@ from layouts import read_labels
 from models.classifier import classify, load_classifier, unlikeness
 from settings import InputError
 
-NPY_PATH: str | None = None  # An image, or a folder of images; those in folders with the names of classes are scored
+NPY_PATH: str | None = None  # An image, or a folder of images; accuracy is over those in folders named after classes
 MODEL_PATH: str = settings.first_there(  # The classifier: the one trained here, or else the one of the repository
     "classifier_training_resnet18/classifier_ckpts/resnet18_best.pt", "weights/resnet18_observed.safetensors"
 )
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def find_files(folder: Path) -> list[Path]:
-    """Files of images in a folder and those in it; InputError when there are none."""
+    """Image files in a folder and its subfolders; InputError when there are none."""
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: {error.strerror}")
@@ -86,7 +86,7 @@ def find_files(folder: Path) -> list[Path]:
 
 
 def checked(image: LensImage | InputError, name: str, model: nn.Module) -> Tensor:
-    """An image, (c, s, s), of the classifier's channels; InputError for any other."""
+    """An image (c, s, s) with as many channels as the classifier takes; InputError for any other."""
     if isinstance(image, InputError):
         raise image
     if len(image[0]) != model.channels:
@@ -95,7 +95,7 @@ def checked(image: LensImage | InputError, name: str, model: nn.Module) -> Tenso
 
 
 def true_class(top: Path, file: Path, is_stack: bool, classes: tuple[str, ...]) -> str | None:
-    """The class that a folder around a file is called after, ``top`` at most, or a stack itself; None for no class."""
+    """The class that names the nearest folder around a file, up to ``top``, or else the file of a stack; or None."""
     names = [*reversed(file.relative_to(top).parts[:-1]), top.resolve().name] if top.is_dir() else []
     if is_stack:
         names.append(stem_of(file.name))
@@ -109,9 +109,10 @@ def print_table(
     classes: tuple[str, ...],
     kinds: list[str] | None,
 ) -> None:
-    """A line for each image, then the accuracy of each class, as far as it is known of images, by name.
+    """Prints a line for each image, then the accuracy for each class, over the images whose true class is known.
 
-    ``kinds`` says how images are unlike those of training, None where the classifier does not know.
+    ``true`` has the class of each file, by name; ``kinds`` says how each image is unlike those of training, and is None
+    if the classifier cannot tell.
     """
     width, column = max(map(len, true)), max(map(len, ("predicted", *classes)))
     print(f"{'file':{width}}  {'predicted':{column}}  confidence" + ("  unlike its training" if kinds else ""))

@@ -3,9 +3,9 @@
     python evaluate/evaluate_fld.py
     python evaluate/evaluate_fld.py --generated_dir D      # images {class}/*.npy of any other generator
 
-Every metric stands beside its floor, the same metric of real images against real images. Writes
-OUTPUT_DIR/{class}/{i}.npy, unless it is given a folder to score, a picture of real above generated lenses,
-REPORT_DIR/report.json and REPORT_DIR/report.html, and prints a table with a verdict. In a notebook:
+Every metric stands beside its floor, the same metric of real images against real images. Writes the generated images
+to OUTPUT_DIR/{class}/{i}.npy, a picture of real above generated lenses, REPORT_DIR/report.json and
+REPORT_DIR/report.html; prints a table with a verdict. In a notebook:
 ``from evaluate.evaluate_fld import load_model, generate_image``.
 """
 
@@ -33,28 +33,28 @@ if TYPE_CHECKING:
     from models.regressor import LensRegressor
 
 DATA_DIR: str = "data"  # Folder with a folder of images for each class: its test images are the reference
-REAL_DIR: str | None = None  # Another such folder of real images, in its place
+REAL_DIR: str | None = None  # Another such folder of real images, used instead of DATA_DIR
 GENERATED_DIR: str | None = None  # A folder of images to score; None generates them. Nothing is ever written to it
-OUTPUT_DIR: str = "generated_npy"  # Where generated images go, and _compared behind it those of a second checkpoint
+OUTPUT_DIR: str = "generated_npy"  # Where generated images go; those of a second checkpoint go to OUTPUT_DIR_compared
 REPORT_DIR: str = "evaluation"  # Where report.html and report.json go
 FIGURE_PATH: str = "evaluation/lenses.png"  # Picture of real and generated lenses
 INSTRUMENT: Literal[(None, *INSTRUMENTS)] = None  # Looks at noise-free images, real and generated, with this telescope
 PEAK: Positive | None = None  # Counts per second of the brightest pixel, for INSTRUMENT; None takes it from the files
-BESIDE: bool = False  # Scores the images without INSTRUMENT, too, in columns of their own
-PIXEL_SCALE: Positive | None = None  # Arcsec a pixel; None takes it from FITS headers or the recipe, or else has pixels
-KEEPS_FLUX: bool | None = None  # Compares sky, peak and flux in the unit of the files, too; None as the checkpoint does
+BESIDE: bool = False  # Also scores the images without INSTRUMENT, in columns of their own
+PIXEL_SCALE: Positive | None = None  # Arcsec a pixel; None: from FITS headers or the recipe, or else lengths in pixels
+KEEPS_FLUX: bool | None = None  # Compares sky, peak and flux in the unit of the files, too; None: if a checkpoint does
 CHECKPOINT_PATH: str = default_generator()  # The one trained here, or else the one of the repository
 COMPARE_PATH: str | None = None  # A second checkpoint, or folder of images, to be scored in columns beside the first
-CLASSIFIER_PATH: str | None = None  # Gives the lens features; None likewise, with INSTRUMENT one that knows noise
+CLASSIFIER_PATH: str | None = None  # Gives the lens features; None: one trained here, or a shipped one for INSTRUMENT
 REGRESSOR_PATH: str | None = settings.first_there(  # Reads parameters off images; None measures emulation alone
     "regressor_training_resnet18/regressor_ckpts/resnet18_best.pt", "weights/resnet18_regressor.safetensors"
 )
-INCEPTION_WEIGHTS_PATH: str | None = None  # File of its weights, for a machine without network
+INCEPTION_WEIGHTS_PATH: str | None = None  # File of Inception's weights, for a machine without internet
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" goes on without the files that cannot be read
-CACHE_DIR: str | None = None  # Where packed images are kept; None is in their own folder, if it can be written to
-IMAGES_PER_CLASS: Count = 1000  # As many as half of the test images of a class if these are fewer
-NUM_SPLITS: Splits = 10  # Random halves of the real images, for floors and their deviation; more makes it steadier
-NUM_ODE_STEPS: Steps | None = None  # From noise to image; None takes as many as the checkpoint says
+CACHE_DIR: str | None = None  # Where packed images are kept; None means their own folder, if it can be written to
+IMAGES_PER_CLASS: Count = 1000  # To be scored; at most half of the test images of a class
+NUM_SPLITS: Splits = 10  # Random halves of the real images, for floors and standard deviations; more are steadier
+NUM_ODE_STEPS: Steps | None = None  # Steps from noise to image; None takes as many as the checkpoint says
 CFG_SCALE: Guidance | None = None  # Guidance scale, 1 is no guidance; None takes that of the checkpoint
 BATCH_SIZE: Count = 128  # Images at once; reduce when memory runs out
 SEED: Whole = 0  # Image k of a seed is always the same
@@ -62,7 +62,7 @@ DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU w
 
 
 def main() -> None:
-    # Here, not above: to generate an image takes none of what scores it, and importing that takes seconds
+    # Here, not above: importing what scores images takes seconds, and generate_image does not need it
     import plots
     from metrics import report
     from metrics.inception import load_inception
@@ -143,27 +143,27 @@ def main() -> None:
 
 
 def views(real: NpyDataset) -> list[tuple[str, list[Observer | None]]]:
-    """How images are looked at: a title, and what looks at the real images, those of training, and one or two samples.
+    """Ways to observe images: a title, and observers for the real images, the training images, and one or two samples.
 
-    Each has noise of its own.
+    Each observer adds noise of its own; None leaves images as they are.
     """
     found = [(f", as {INSTRUMENT} sees it" if INSTRUMENT else "", observers_of(real, INSTRUMENT, PEAK, SEED, 4))]
     return [*found, (", noise-free", [None] * 4)] if INSTRUMENT and BESIDE else found
 
 
 def knows(model: NpyDataset | Generator, real: NpyDataset) -> bool:
-    """Whether it can be asked for parameters that the real images have."""
+    """Whether ``model`` is a generator that can be asked for parameters known of the real images."""
     if not isinstance(model, Generator) or not model.lens_parameters:
         return False
     known = bool(real.phases(model.lens_parameters, lenient=True).isfinite().any())
     if not known:
-        print("Nothing is asked for by its parameters: no table says those of the real images")
+        print("Parameters are not tested: no table gives those of the real images")
     return known
 
 
 def regressor_of(real: NpyDataset, device: torch.device) -> "LensRegressor | None":
-    """What reads the parameters of such images, if anything does."""
-    from models.regressor import load_regressor  # here: see above
+    """The regressor that reads parameters off such images, or None if there is none for them."""
+    from models.regressor import load_regressor  # here, as in main
 
     if REGRESSOR_PATH is None:
         return None
@@ -175,8 +175,8 @@ def regressor_of(real: NpyDataset, device: torch.device) -> "LensRegressor | Non
 
 
 def check_settings() -> None:
-    """Raises InputError when the report would be written into a folder that is only to be scored, or no instrument is
-    named that images without one are to be beside."""
+    """Raises InputError when the report would be written into a folder that is only to be scored, or when BESIDE is set
+    without INSTRUMENT."""
     if BESIDE and not INSTRUMENT:
         raise InputError("BESIDE scores images without an instrument beside those with it: name it, as INSTRUMENT", 2)
     for scored in [Path(path) for path in (GENERATED_DIR, COMPARE_PATH) if path and Path(path).is_dir()]:
@@ -189,7 +189,7 @@ def open_folder_or_checkpoint(path: str, classes: tuple[str, ...]) -> NpyDataset
     """The images of a folder that is to be scored as it is, or else the generator of a checkpoint.
 
     Raises:
-        InputError: with what the folder holds, when a class has no images in it, or when it is still being written to.
+        InputError: when the folder has no images of a class (it says what is there), or is still being written to.
     """
     folder = Path(path)
     if path != GENERATED_DIR and (path == CHECKPOINT_PATH or not folder.is_dir()):
@@ -211,7 +211,8 @@ def open_folder_or_checkpoint(path: str, classes: tuple[str, ...]) -> NpyDataset
 
 
 def take_numbered(dataset: NpyDataset, count: int) -> tuple[NpyDataset, dict[str, Any]]:
-    """Images 0 to count - 1 of each class of a folder made here, or all of any other one; and where they come from."""
+    """Images 0 to count - 1 of each class of a folder that this script made, or all images of any other folder; and
+    where they come from."""
     folder = dataset.root_dir
     source = generated_folder.source_of(folder)
     if source is None:
@@ -224,7 +225,7 @@ def take_numbered(dataset: NpyDataset, count: int) -> tuple[NpyDataset, dict[str
 
 
 def prepare(model: Generator, checkpoint: str, output: str) -> tuple[Generator, Path, dict[str, Any]]:
-    """A generator, the folder for its images, which is this process's own then, and how it makes them."""
+    """A generator, the folder for its images, which from now on belongs to this process, and how it makes them."""
     source = {
         "checkpoint": str(checkpoint),
         "sha256": generated_folder.sha256(checkpoint),
@@ -245,7 +246,7 @@ def generate(model: Generator, folder: Path, source: dict[str, Any], count: int)
         with distributed.main_first():
             dataset = NpyDataset(folder, None, "all", ON_BAD_FILE, classes=model.classes)
     except InputError as error:
-        raise InputError(f"{source['checkpoint']} draws images that are none: train it longer\n{error}") from None
+        raise InputError(f"{source['checkpoint']} draws invalid images: train it longer\n{error}") from None
     return dataset.only(generated_folder.numbered(count, model.classes)), source
 
 

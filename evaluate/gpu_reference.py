@@ -1,13 +1,13 @@
-"""Trains the published network and the small transformer on one GPU, for minutes, and measures what came of them.
+"""Trains the published network and the small transformer on one GPU for minutes, and measures how good they are.
 
     python3 evaluate/gpu_reference.py      # or: make gpu-reference
 
-Needs torch and torchvision for the GPU, NumPy, the packages of requirements-gpu.txt, and no network. Simulates images
-on the GPU and keeps them there; the learning rate follows a cosine that ends with the minutes; the exponential moving
-average (EMA) of the weights, after half of the time and at its end, makes images, which processes beside the training
-score on the CPU. Writes to OUTPUT_DIR, as soon as each is known: reference.json with speeds, losses and every metric
-beside its floor; {network}/training_metrics.png and .csv; samples.png; and the EMA weights in half precision, in pieces
-that ``cat b2.safetensors.part* > b2.safetensors`` joins.
+Needs torch and torchvision for the GPU, NumPy, the packages of requirements-gpu.txt, and no internet. Simulates images
+on the GPU and keeps them there. The learning rate follows a cosine that ends with the training time. Images are
+generated with the exponential moving average (EMA) of the weights, as it is after half of that time and at its end;
+other processes score them on the CPU meanwhile. Writes each result to OUTPUT_DIR as soon as it is known: reference.json
+with speeds, losses and every metric beside its floor; {network}/training_metrics.png and .csv; samples.png; and the EMA
+weights in half precision, in pieces that ``cat b2.safetensors.part* > b2.safetensors`` joins.
 """
 
 import copy
@@ -30,7 +30,7 @@ sys.path.insert(0, str(_ROOT))
 
 
 def packages() -> dict[str, str | None]:
-    """Each line of requirements-gpu.txt, and the version of it that is there, or None."""
+    """Each line of requirements-gpu.txt, and torchvision, with the version that is installed, or None."""
 
     def installed(line: str) -> str | None:
         try:
@@ -66,7 +66,7 @@ from train import one_gpu
 
 MINUTES: NotNegative = 8.0  # Of training NanoDiT-B/2, once its step is compiled; 0 leaves it out
 SMALL_MINUTES: NotNegative = 4.0  # Of training NanoDiT-S/8, likewise
-BUDGET_MINUTES: Positive = 25.0  # Of everything: scores that are not there by then are left out
+BUDGET_MINUTES: Positive = 25.0  # For everything; scores that are not ready by then are left out
 OUTPUT_DIR: str = "gpu_reference"  # Where all results go
 CLASSIFIER_PATH: str = "weights/resnet18_lens.safetensors"  # Gives the lens features of the metrics
 NUM_PER_CLASS: Count = 30000  # Images of each class, 70% of them to train on
@@ -74,9 +74,9 @@ IMAGES_PER_CLASS: Count = 1000  # To generate and score, or as many as half of t
 NUM_SPLITS: Splits = 4  # Random halves of the real images, for floors and their standard deviation
 SCORE: bool = True  # False keeps the generated images, in float16, to be scored elsewhere
 SMALL_BATCH_SIZE: Count = 256  # Of NanoDiT-S/8; that of NanoDiT-B/2 is 160, as published
-SMALL_LEARNING_RATE: Positive = 2e-3  # Likewise; 1e-4
+SMALL_LEARNING_RATE: Positive = 2e-3  # Of NanoDiT-S/8; that of NanoDiT-B/2 is 1e-4
 EMA_WIDTH: Positive = 0.05  # Standard deviation of the steps that the EMA averages over, as a share of all
-ATTENTION: Literal[(None, *one_gpu.ATTENTIONS)] = None  # Kernel in training; None measures which is fastest
+ATTENTION: Literal[(None, *one_gpu.ATTENTIONS)] = None  # Attention kernel in training; None measures which is fastest
 COMPILE_MODE: Literal[one_gpu.COMPILE_MODES] = "default"  # The other one takes minutes to compile
 SEED: Whole = 1  # Of images, weights, times and noise
 DEVICE: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" takes the GPU when there is one
@@ -84,7 +84,7 @@ DEVICE: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" takes the GPU when the
 _PIECE = 15_000_000  # bytes of a file of weights
 _AT_ONCE = 500  # images that a network sees at once in generating; with guidance it sees each twice
 _SHOWN = 6  # images of each class in samples.png
-_ROWS = 50  # of the history of a training, or one a second
+_ROWS = 50  # in the history of a training at least, or one a second if that is more
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Training:
 
 
 def runs() -> dict[str, tuple[float, Training]]:
-    """Minutes of each network, the quick one first."""
+    """Name -> minutes and training of each network, the quick one first."""
     fast = {"multistep20": flow.Sampler(20, 1.0, "multistep", "logit")}
     published = {"euler50_guidance5": flow.Sampler(50, 5.0), **fast}
     small = Training("NanoDiT-S/8", {}, SMALL_BATCH_SIZE, SMALL_LEARNING_RATE, 0.99, "logit_normal", fast)
@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def measure_network(name: str, run: Training, seconds: float, data: dict[str, Lenses], report: "Report") -> None:
-    """Trains a network, and writes and samples its EMA, and has the images scored; those of the end first."""
+    """Trains a network, writes its EMA weights, and has images that they generate scored; those of the end first."""
     found = report.content["networks"][name] = {"settings": asdict(run), "samples": {}}
     with report.phase(f"{name}, training", needed=True):
         generator, weights, history = train(run, data["train"], seconds, found)
@@ -181,7 +181,7 @@ def count_of(test: Lenses) -> int:
 
 
 def generate(generator: Generator, sampler: flow.Sampler, count: int, found: dict[str, Any]) -> Tensor:
-    """``count`` images of each class, class by class, scaled as those of files are; and how fast they are made."""
+    """``count`` images of each class, class by class, scaled as those of files are; ``found`` gets their speed."""
     labels = torch.arange(len(MODEL_II.classes)).repeat_interleave(count)
     batch_size = _AT_ONCE if sampler.cfg_scale == 1 else _AT_ONCE // 2
     generator.generate(labels[:batch_size], flow.Sampler(1, sampler.cfg_scale), 0, batch_size)  # compiles
@@ -195,10 +195,10 @@ def generate(generator: Generator, sampler: flow.Sampler, count: int, found: dic
 
 
 def train(run: Training, lenses: Lenses, seconds: float, found: dict[str, Any]) -> tuple[Generator, dict, list[dict]]:
-    """Trains a network for so many seconds, from when its step is compiled.
+    """Trains a network for ``seconds`` seconds, counted from when its step is compiled.
 
     Returns:
-        A network with the EMA of the weights; this at the "end" and after "half" of the time; rows of the history.
+        A generator with the EMA weights; its weights at the "end" and after "half" of the time; rows of the history.
     """
     device, on_gpu = lenses.images.device, lenses.images.is_cuda
     torch.manual_seed(SEED)
@@ -309,10 +309,11 @@ def write_weights(path: Path, generator: Generator, run: Training) -> list[str]:
 
 
 class Report:
-    """reference.json and samples.png, written anew whenever there is more to say.
+    """reference.json and samples.png, written anew whenever there are new results.
 
     Attributes:
-        score: has generated images of a title scored; returns a result to wait for. None keeps the images instead.
+        score: function of a title and its generated images that starts to score them and returns a result to wait for;
+            None keeps the images instead.
     """
 
     def __init__(self, folder: Path, device: torch.device):
@@ -324,7 +325,7 @@ class Report:
 
     @contextmanager
     def phase(self, name: str, needed: bool = False) -> Iterator[None]:
-        """A part of the work, timed. What comes after it goes on where it fails, unless it is ``needed``."""
+        """Times a part of the work. If it fails, the rest of the work goes on, unless the part is ``needed``."""
         started = time.monotonic()
         print(f"{name} ...", flush=True)
         try:
@@ -348,7 +349,7 @@ class Report:
             self.waiting[title] = found, images, self.score(title, images)
 
     def draw_samples(self, real: Lenses) -> None:
-        """Real images and those of the end of each training; with more of them, drawing takes many seconds."""
+        """Draws real images and those of the end of each training; to draw more would take many seconds."""
         rows = {}
         for label, name in enumerate(MODEL_II.classes):
             rows[f"{name}\nreal"] = real.images[real.labels == label][:_SHOWN].cpu()
@@ -360,7 +361,7 @@ class Report:
             np.save(self.folder / f"{title}_{name}.npy", of_class[:, 0].half().numpy())
 
     def await_scores(self, deadline: float) -> None:
-        """Takes the scores that are there by then; of the others, keeps the images."""
+        """Takes the scores that are ready by ``deadline``; keeps the images of the others."""
         for title, (found, images, result) in self.waiting.items():
             try:
                 found["metrics"] = result.get(max(0.1, deadline - time.monotonic()))
@@ -377,7 +378,7 @@ class Report:
             file.write(json.dumps(self.content, indent=1).encode())
 
     def print(self) -> None:
-        """The most telling numbers."""
+        """Prints the most telling numbers."""
         for name, found in self.content["networks"].items():
             print(name, {key: value for key, value in found.items() if key not in ("settings", "samples")})
             for title, sample in found["samples"].items():

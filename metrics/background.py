@@ -1,4 +1,4 @@
-"""Scores generated images on the CPU, in processes beside whatever the GPU does."""
+"""Scores generated images on the CPU, in processes that run beside the work on the GPU."""
 
 import multiprocessing
 import os
@@ -22,12 +22,12 @@ from models.classifier import load_classifier
 from simulate.recipes import MODEL_II
 from simulate.workers import usable_cores
 
-Score = Callable[[str, Tensor], AsyncResult]  # of a title and generated images, class by class: their metrics, later
+Score = Callable[[str, Tensor], AsyncResult]  # (title, generated images class by class) -> their metrics, later
 
 
 @dataclass
 class Lenses:
-    """Images of Model II in memory, (n, 1, 64, 64) in [0, 1], with what scoring asks of a folder of them."""
+    """Images of Model II in memory, (n, 1, 64, 64) in [0, 1], with those attributes of a dataset that scoring needs."""
 
     images: Tensor
     labels: Tensor
@@ -55,9 +55,10 @@ class Lenses:
 
 @contextmanager
 def scoring_processes(test: Lenses, train: Lenses, count: int, splits: int, classifier_path: str) -> Iterator[Score]:
-    """Processes that measure the real images, and then score what they are given; see ``Reference`` for the rest."""
+    """Processes that measure the real images; the function that is yielded has them score other images. For arguments,
+    see ``Reference`` and its ``score``."""
     processes = max(1, usable_cores() // 4)
-    threads = max(1, usable_cores() // processes - 1)  # some cores are for what goes on beside
+    threads = max(1, usable_cores() // processes - 1)  # leaves some cores for other work
     with (
         tempfile.TemporaryDirectory() as folder,
         multiprocessing.get_context("spawn").Pool(processes, _begin, [threads]) as pool,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 _ROWS = 256  # of a matrix of distances, held in memory at once
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
-_FEWEST = 50  # images that PQMass compares
+_FEWEST = 50  # images at least, for PQMass
 _FLD_IMAGES = 3000  # of each sample at most
 _FLD_STEPS = 20  # of expectation maximization
 _FLD_LEAST_VARIANCE = 1e-4  # of unit-variance features: a Gaussian on a copied image stays this wide
@@ -59,7 +59,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def precision_recall_density_coverage(real: Tensor, other: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
-    """Precision, recall, density and coverage of one sample of features by the neighbourhoods of another.
+    """Precision, recall, density and coverage of features ``other`` (m, d) with respect to features ``real`` (n, d).
 
     Precision and recall: Kynkäänniemi et al. 2019 (arXiv:1904.06991, Eq. 1-2); density and coverage: Naeem et al. 2020
     (arXiv:2002.09797, Eq. 4-5). A neighbourhood reaches to the k-th nearest image of the same sample.
@@ -67,7 +67,7 @@ def precision_recall_density_coverage(real: Tensor, other: Tensor, k: int = NEIG
     k = min(k, len(real) - 1, len(other) - 1)
     real_reach, other_reach = _reach(real, k), _reach(other, k)
     near, recalled = torch.full_like(real_reach, math.inf), torch.zeros(len(real), dtype=torch.bool)
-    counts = []  # neighbourhoods of real images that each other image lies in
+    counts = []  # for each image of ``other``, the number of real neighbourhoods it lies in
     for part, reach in zip(other.split(_ROWS), other_reach.split(_ROWS), strict=True):
         distance = torch.cdist(real, part)
         counts.append((distance <= real_reach[:, None]).sum(0))
@@ -83,19 +83,19 @@ def precision_recall_density_coverage(real: Tensor, other: Tensor, k: int = NEIG
 
 
 def _reach(x: Tensor, k: int) -> Tensor:
-    """Distance of each of (n, d) to the k-th nearest other one."""
+    """Distance of each row of ``x`` (n, d) to the k-th nearest other row, (n,)."""
     return torch.cat([torch.cdist(part, x).kthvalue(k + 1, dim=1).values for part in x.split(_ROWS)])  # 1 is itself
 
 
 def feature_likelihood_divergence(train: Tensor, test: Tensor, other: Tensor) -> tuple[float, float]:
     """FLD and its generalization gap (Jiralerspong et al. 2023, arXiv:2302.04440, Eq. 3-5) of features (n, d).
 
-    A Gaussian on every image of ``other``, its width fitted to the likelihood of the training images; FLD is 100 times
-    the negative log-likelihood a dimension of the test images, less what half of the training images reach in place of
-    ``other``. The gap is 100 times that of the training images less that of the test images: far below zero when
-    ``other`` holds copies of training images, whose Gaussians shrink onto them.
+    Every image of ``other`` gets a Gaussian; the widths maximize the likelihood of the training images. FLD is 100
+    times the negative log-likelihood a dimension (NLL) of the test images, minus the same with half of the training
+    images in place of ``other``. The gap is 100 times the NLL of the training images minus that of the test images: far
+    below zero when ``other`` holds copies of training images, onto which their Gaussians shrink.
     """
-    random = torch.Generator().manual_seed(0)  # samples come class by class, and no half may lack one
+    random = torch.Generator().manual_seed(0)  # samples come class by class; each half needs all classes
     train, test, other = (x[torch.randperm(len(x), generator=random)[:_FLD_IMAGES]] for x in (train, test, other))
     mean, deviation = test.mean(0), test.std(0)
     deviation = deviation.clamp_min(0.01 * deviation.mean())  # of a feature that is nearly constant, or dead
@@ -107,7 +107,7 @@ def feature_likelihood_divergence(train: Tensor, test: Tensor, other: Tensor) ->
 
 
 def _negative_log_likelihood(centres: Tensor, fitted_to: Tensor, of: list[Tensor]) -> list[float]:
-    """Negative log-likelihood a dimension of each sample in ``of``, under equal Gaussians on ``centres``.
+    """Negative log-likelihood a dimension of each sample in ``of``, under Gaussians of equal weight on ``centres``.
 
     The widths of the Gaussians are the most likely ones for ``fitted_to``.
     """
@@ -116,11 +116,11 @@ def _negative_log_likelihood(centres: Tensor, fitted_to: Tensor, of: list[Tensor
     def log_likelihoods(squares: Tensor, variance: Tensor) -> Tensor:
         return -0.5 * (squares / variance + dimension * torch.log(2 * math.pi * variance)) - math.log(len(centres))
 
-    def squared_distances(x: Tensor) -> Tensor:  # in float64: those of copies are differences of equal numbers
+    def squared_distances(x: Tensor) -> Tensor:  # in float64: between copies, equal numbers cancel
         return torch.cdist(x.double(), wide).square().float()
 
     squares = torch.cat([squared_distances(part) for part in fitted_to.split(_ROWS)])
-    # From the nearest image, as published: a wider start ends in far less likely widths
+    # Widths start at the distance to the nearest image, as published: wider ones end in far less likely widths
     variance = (squares.amin(0) / dimension).clamp_min(_FLD_LEAST_VARIANCE)
     for _ in range(_FLD_STEPS):  # expectation maximization in closed form, the centres being fixed
         mass, squared = torch.zeros_like(variance), torch.zeros_like(variance)
@@ -160,17 +160,17 @@ def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, f
 
 def pqmass(real: Tensor, other: Tensor, repetitions: int = 10, seed: int = 0) -> list[float]:
     """p-values of PQMass (Lemos et al. 2024, arXiv:2402.04355), which needs no features: uniform if two samples (n, d)
-    are of one distribution, near 0 if not. Nothing for fewer than 50 images.
+    have the same distribution, near 0 if not. The list is empty for fewer than 50 images.
 
-    Each is of another random quarter of both samples, or 50 images: of the same images, p-values would resemble each
-    other, and not be uniform together. The space is divided by the nearest of up to 100 images, and the numbers of both
-    samples in each cell are compared by a chi-squared test.
+    Each p-value takes another random quarter of both samples, at least 50 images: if all took the same images, they
+    would resemble each other and not be uniform together. Up to 100 images divide the space into cells, each of the
+    points nearest to one of them; a chi-squared test compares how many images of both samples are in each cell.
     """
     count = max(min(len(real), len(other)) // 4, _FEWEST)
     if min(len(real), len(other)) < count:
         return []
     cells = min(100, count // 10)
-    state = np.random.get_state()  # noqa: NPY002, pqm takes the numbers of everybody
+    state = np.random.get_state()  # noqa: NPY002, pqm uses the global random numbers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002

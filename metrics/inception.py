@@ -1,4 +1,4 @@
-"""The network of the usual FID, where its weights are to be had."""
+"""Inception, the network of the usual FID, if its weights can be had."""
 
 import socket
 
@@ -10,7 +10,8 @@ from settings import InputError
 
 
 def load_inception(path: str | None, device: torch.device) -> NoTrainInceptionV3 | None:
-    """Inception with the weights of a file, or fetched; None, with a line on how to get them, when they cannot be.
+    """Inception with weights from a file or from the internet. If they cannot be fetched, prints how to get them and
+    returns None.
 
     Raises:
         InputError: for a file without weights of that network.

@@ -1,4 +1,4 @@
-"""Fréchet distance of generated images to the test images of a folder over its floor, for many sets of images."""
+"""Fréchet distance of many sets of generated images to the test images of a folder, over its floor."""
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ class LensDistance:
     Args:
         test: the real images.
         classifier: gives the features.
-        images_per_class: in a distance; as many as half of the test images of a class if these are fewer.
-        splits: random halves of the test images.
+        images_per_class: images in a distance; at most half of the test images of a class.
+        splits: number of random splits of the test images into halves.
 
     Attributes:
         labels: of the images that ``over_floor`` takes, class by class, (n,).

@@ -1,4 +1,4 @@
-"""Does an image obey the lens equation? The smooth lens of the recipe that explains it best, and what it leaves over.
+"""Does an image obey the lens equation? The recipe's smooth lens is fitted to it; the residual is what is left over.
 
 A smooth lens of Model II (SIE + shear, a Sérsic source, the telescope's PSF; see simulate/renderer.py) has two free
 numbers, the position of its source. Its rays meet the source plane in the same places wherever the source is, so a
@@ -65,7 +65,7 @@ def fit_smooth_lens(images: Tensor) -> tuple[Tensor, Tensor]:
         images: (n, 1, h, w) in [0, 1], each with its own peak at 1.
 
     Returns:
-        Source positions (n, 2) in arcsec, and what the best model leaves over, image - model, (n, 1, h, w).
+        Source positions (n, 2) in arcsec, and the residuals of the best models, image - model, (n, 1, h, w).
     """
     lens = _smooth_lens()
     positions, models = _grid()
@@ -76,7 +76,7 @@ def fit_smooth_lens(images: Tensor) -> tuple[Tensor, Tensor]:
     model = normalize(light).flatten(1)
     scale = torch.ones(len(data), 1)
     for _ in range(_STEPS):
-        # The brightest pixel that both are scaled by may change with a step: leave the scale free in finding the step
+        # Image and model are scaled by their brightest pixel, which may change in a step: each step also fits a scale
         slopes = [(lens.light(xy + d) - light).flatten(1) / _DIFFERENCE for d in shift]
         terms = torch.stack([*slopes, light.flatten(1), torch.ones_like(data)], dim=2)
         found = torch.linalg.lstsq(terms, data[:, :, None]).solution[:, :, 0]

@@ -33,7 +33,7 @@ class Sample:
     dataset: NpyDataset
     index: Tensor  # into the dataset
     measured: Measured
-    reference: "Reference"  # real images that they are to be like, whose folder knows the recipe
+    reference: "Reference"  # the real images they are compared with, whose folder knows the recipe
     source: dict[str, Any] = field(default_factory=dict)  # how they were made
     metrics: dict[str, Any] = field(default_factory=dict)  # their scores, see ``Reference.score``
 
@@ -42,7 +42,7 @@ class Sample:
         return self.reference.sample.dataset
 
     def read(self, index: Tensor, random: torch.Generator | None = None) -> Tensor:
-        """Images (n, c, s, s) of indices into the sample; ``random`` gives observed ones fresh noise."""
+        """Images (n, c, s, s) at indices of the sample; with ``random``, observed images get fresh noise."""
         return self.dataset.read(self.index[index], random)
 
 
@@ -59,13 +59,13 @@ def measure(
     batch_size: int = 128,
     real: NpyDataset | None = None,
 ) -> Measured:
-    """Measures the images of a dataset that ``index`` (n,) names, which are to be like those of ``real``.
+    """Measures the images at ``index`` (n,) of a dataset; recipe and pixel scale are those of ``real``, if it is given.
 
     Returns:
         label (n,); features (n, 512) and probabilities (n, classes) of the lens classifier; inception (n, 2048), if
-        there is that network; profile and spectrum (n, s // 2); every number of ``physics.describe``; thumbnail, see
-        ``thumbnails_of``; and where the recipe's lens can be fitted source_xy (n, 2), explained, lens_residual (RMS
-        over peak) and residual_* (RMS in a band) of the smooth lens that fits best.
+        that network is given; profile and spectrum (n, s // 2); every number of ``physics.describe``; thumbnail, see
+        ``thumbnails_of``; and, if the recipe's smooth lens can be fitted, of the best fit source_xy (n, 2), explained,
+        lens_residual (RMS over peak) and residual_* (RMS in a band).
     """
     recipe, (pixel_scale, _) = recipe_behind(real or dataset), scale_of(real or dataset)
     batches = -(-len(index) // batch_size)
@@ -112,12 +112,12 @@ def _lens_equation(images: Tensor) -> Measured:
 
 
 def _in_parts(work: Callable[[Tensor], Measured], n: int, batch_size: int) -> Measured:
-    """Results of ``work`` on batches of 0, 1, ... n - 1, as rows 0 to n - 1; every process does some and gets all."""
+    """Results of ``work`` on batches of 0, 1, ... n - 1, as rows 0 to n - 1; processes share the work and get all."""
     found: Measured = {}
 
     def fill(part: Tensor) -> None:
         for name, values in work(part).items():
-            if name not in found:  # one place for all: many small tensors would keep the memory around them
+            if name not in found:  # one tensor for all batches: many small ones would keep the memory around them
                 found[name] = values.new_zeros(n, *values.shape[1:])
             found[name][part] = values
 
@@ -135,7 +135,7 @@ def measure_cached(
     for network in filter(None, (classifier, inception)):
         for weights in network.state_dict().values():
             state.update(weights.cpu().numpy().tobytes())
-    name = f"observed_{name}" if dataset.observer else name  # one view of the images leaves the other
+    name = f"observed_{name}" if dataset.observer else name  # those with and without a telescope are both kept
     path = dataset.cache_dir / f".lens_measured_{name}_{state.hexdigest()[:16]}.pt"
     try:
         measured = torch.load(path, weights_only=True)
@@ -160,8 +160,8 @@ def measure_cached(
 
 
 def thumbnails_of(images: Tensor) -> Tensor:
-    """Images (n, c, s, s) at a lower resolution, (n, numbers): 32 pixels on a side, or up to 63 where that is no factor
-    of s."""
+    """Images (n, c, s, s) at a lower resolution, (n, numbers): 32 pixels on a side, or up to 63 if s is not a multiple
+    of 32."""
     return F.avg_pool2d(images, max(1, images.shape[-1] // _THUMBNAIL)).flatten(1)
 
 
@@ -171,7 +171,7 @@ def thumbnails(dataset: NpyDataset, batch_size: int = 1024) -> Tensor:
 
 
 def find_nearest(measured: Measured, training: Tensor) -> None:
-    """Adds to a measurement the distance (RMS over peak) to the nearest of the training thumbnails, and its number."""
+    """Adds to a measurement the distance (RMS over peak) to the nearest training thumbnail, and the index of it."""
     thumbnail = measured["thumbnail"]
 
     def nearest(part: Tensor) -> Measured:

@@ -1,7 +1,7 @@
-"""Whether generated lenses have the parameters that they were asked for, and are the very lenses of a simulator.
+"""Whether generated lenses have the parameters that they were asked for, and equal a simulator's images of them.
 
-The test images say what to ask for. Each is drawn anew from its class and its parameters, and compared with the test
-image itself, pixel by pixel (emulation) and by what a regressor reads off both (recovery).
+The test images say what to ask for. A lens is generated from the class and the parameters of each, and compared with
+the test image itself: pixel by pixel (emulation), and by what a regressor reads off both (recovery).
 """
 
 import math
@@ -24,8 +24,8 @@ from settings import InputError
 from simulate.instrument import INSTRUMENTS, observer_of
 from simulate.recipes import recipe_behind
 
-_SWEPT, _STEPS = 30, 7  # lenses that a parameter is swept of, and values that it takes
-_FEWEST = 20  # images whose free parameters are compared
+_SWEPT, _STEPS = 30, 7  # lenses of which a parameter is swept, and the number of values it takes
+_FEWEST = 20  # images at least, to compare a free parameter
 WORST = 8  # images that are kept to be shown
 
 
@@ -38,19 +38,20 @@ def obedience(
     batch_size: int,
     sampler: Sampler | None = None,
 ) -> dict[str, Any]:
-    """Everything that the report says of a generator with parameters, by ``count`` test images of each class.
+    """Everything that the report says about a generator with parameters, from ``count`` test images of each class.
 
-    By the generator's own sampler unless another one is given. Images are compared in the unit of the data, or,
-    where no flux is kept, as they fill [0, 1].
+    The generator's own sampler is used unless another one is given. Images are compared in the unit of the data, or
+    scaled to [0, 1] where no flux is kept.
 
     Returns:
-        "emulation", by class: RMS over peak of the difference to the very lens that was asked for, with all that is
-        known of it ("given"), with the parameters alone that every class has ("common"), such as the source, and with
-        its class alone ("class"), and that of what two telescopes' noise does to it;
-        "recovery", by parameter: R^2 and more of generated and real images; "conditionals", by free parameter: W1
-        between what is read off generated images of some known parameters and off real ones, in standard deviations,
-        beside that of real images against each other; "order", by parameter: rank correlation of asked and read values
-        as that parameter alone is swept; and what is drawn: "panels", "worst" images with "captions", and "errors".
+        "emulation", by class: RMS over peak of the difference from the test image, if the generator is given all its
+        known parameters ("given"), only those that every class has, such as the source ("common"), or its class alone
+        ("class"); beside it, the RMS of the noise of each telescope;
+        "recovery", by parameter: R^2 and more of generated and real images;
+        "conditionals", by parameter that not every class has: W1, in standard deviations, between its values read off
+        "common" images and off real ones, beside that of real images against each other;
+        "order", by parameter: rank correlation of asked and read values as that parameter alone is swept;
+        and what is drawn: "panels", "worst" images with "captions", and "errors".
     """
     index = some_of_each_class(test.labels, count, seed)
     labels, asked = test.labels[index], test.phases(model.lens_parameters, lenient=True)[index]
@@ -88,10 +89,10 @@ def obedience(
 
 
 def _emulation(test: NpyDataset, index: Tensor, errors: dict[str, Tensor]) -> dict[str, Any]:
-    """Errors by class, of lenses of which more or less is given, beside the noise of telescopes."""
+    """Errors by class, for each choice of parameters that are given, beside the noise of telescopes."""
     noises = {}
-    for instrument in INSTRUMENTS if recipe_behind(test) else ():  # else nobody knows how bright they are
-        with suppress(InputError):  # of images that have noise
+    for instrument in INSTRUMENTS if recipe_behind(test) else ():  # else their brightness is unknown
+        with suppress(InputError):  # images that already have noise are refused
             observers = (observer_of(test, instrument, seed=seed) for seed in (0, 1))
             looks = [test.observed(observer).read(index) for observer in observers]
             noises[instrument] = _rms(looks[0] - looks[1]) / 2**0.5
@@ -107,7 +108,7 @@ def _emulation(test: NpyDataset, index: Tensor, errors: dict[str, Tensor]) -> di
 def _conditionals(
     model: Generator, regressor: LensRegressor, labels: Tensor, real: Tensor, images: Tensor
 ) -> dict[str, Any]:
-    """Distances of free parameters of ``images`` of which those are given that every class has."""
+    """W1 between ``images`` and real ones, in each parameter that was free: only those of every class were given."""
     generated, real = (regressor.read(some).double().numpy() for some in (images, real))
     found, even = {}, np.arange(len(labels)) % 2 == 0
     for i, of in enumerate(regressor.lens_parameters):
@@ -119,7 +120,7 @@ def _conditionals(
             continue
         values = {
             "value": wasserstein(generated[here, i], real[here, i], period),
-            # Of halves, whose distance is by a root of two larger than that of all would be
+            # Between halves, whose distance is larger than that of full samples by the root of two
             "floor": wasserstein(real[here & even, i], real[here & ~even, i], period) / 2**0.5,
         }
         found[of.name] = {name: float(value / spread) for name, value in values.items()}
@@ -129,7 +130,7 @@ def _conditionals(
 def _order(
     model: Generator, regressor: LensRegressor, labels: Tensor, asked: Tensor, draw: Callable[..., Tensor]
 ) -> dict[str, float]:
-    """Rank correlation of the values that a parameter is swept through and those that are read, over lenses."""
+    """Mean over lenses of the rank correlation between the values a parameter is swept through and those read."""
     found = {}
     places = {of.name: i for i, of in enumerate(model.lens_parameters)}
     for read_at, of in enumerate(regressor.lens_parameters):
@@ -144,12 +145,12 @@ def _order(
         if grid[0] == grid[-1]:
             continue
         read = []
-        for value in grid:  # from the same noise
+        for value in grid:  # each from the same noise
             phases = asked[lenses].clone()
             phases[:, place] = value
             read.append(regressor.read(draw(labels[lenses], phases))[:, read_at])
         read = torch.stack(read, 1)
-        alike = read.amax(1) == read.amin(1)  # without any rank
+        alike = read.amax(1) == read.amin(1)  # these have no rank correlation, and count as 0
         found[of.name] = sum(spearmanr(grid, row).statistic for row in read[~alike]) / len(read)
     return found
 

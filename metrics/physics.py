@@ -1,6 +1,6 @@
 """Numbers an astronomer reads off a lens image: ring, power spectrum, shape, flux, knots.
 
-All of images (n, c, s, s) in [0, 1], and of their mean over the channels. Lengths are in units of the pixel scale,
+All take images (n, c, s, s) in [0, 1] and use their mean over the channels. Lengths are in units of the pixel scale,
 arcsec or pixels; angles in radians; wave numbers in cycles an image.
 """
 
@@ -31,7 +31,7 @@ def bands(size: int) -> dict[str, tuple[int, int]]:
 
 
 def titles(size: int, unit: str) -> dict[str, str]:
-    """Names for people of the distances of every number of ``describe`` from those of real images."""
+    """Titles of the metrics that compare each number of ``describe`` with that of real images."""
     return {
         "ring_radius": f"Ring radius, W1 in {unit}",
         "ring_width": f"Ring width, W1 in {unit}",
@@ -77,11 +77,11 @@ def describe(images: Tensor, pixel_scale: float = 1.0) -> dict[str, Tensor]:
 
     ring_radius, ring_width: mean and standard deviation of the radius, with the radial profile as weight.
     power_*: log10 of the azimuthally averaged power in a band.
-    ellipticity, ellipticity_angle: of the second moments of the light: (a^2 - b^2) / (a^2 + b^2), and the major axis,
-    modulo pi.
+    ellipticity, ellipticity_angle: from the second moments of the light: (a^2 - b^2) / (a^2 + b^2), and the angle of
+    the major axis, modulo pi.
     flux_over_peak: total over brightest pixel, in pixels.
-    knot_count, knot_angle: maxima of their 5x5 surroundings brighter than 0.3 of the peak, and the position angle of
-    the brightest one as seen from the centre, modulo 2 pi.
+    knot_count, knot_angle: number of pixels that are the maximum of their 5x5 surroundings and brighter than 0.3 of the
+    peak, and the position angle of the brightest one as seen from the centre, modulo 2 pi.
     """
     images = images.mean(1, keepdim=True)
     profile = radial_profile(images)
@@ -112,8 +112,8 @@ def describe(images: Tensor, pixel_scale: float = 1.0) -> dict[str, Tensor]:
 
 
 def describe_flux(images: Tensor, low: Tensor, high: Tensor) -> dict[str, Tensor]:
-    """Sky, peak and flux above the sky, (n,) each in the unit of the files, of images from ``low`` to ``high`` (n,)
-    there."""
+    """Sky, peak and flux above the sky, (n,) each, in the unit of the files. There, images range from ``low`` to
+    ``high`` (n,)."""
     pixels = in_unit(images, low, high).flatten(1)
     sky = pixels.median(1).values
     found = {"sky": sky, "peak": high, "flux": (pixels - sky[:, None]).sum(1)}

@@ -25,16 +25,16 @@ from metrics.usefulness import TITLES
 from models.generated_folder import sha256
 from simulate.recipes import recipe_behind, scale_of
 
-# What a floor is called where it is not real images against others
+# Titles of the floors that do not compare real images with other real images
 FLOORS = {"class_accuracy": "  classifier accuracy, real", **dict.fromkeys(TITLES, "  floor: real ones in their place")}
 PACKAGES = ("torch", "torchvision", "torchmetrics", "numpy", "lenstronomy")
-TOLD = ("emulation", "recovery", "conditionals", "order")  # what ``obedience`` finds that is numbers
+TOLD = ("emulation", "recovery", "conditionals", "order")  # those results of ``obedience`` that are numbers
 Obedience = dict[str, Any]
 _SHOWN = 8  # images of a class in the grids
 
 
 def print_table(sample: Sample, count: int) -> None:
-    """Each metric with its floor and, of the Fréchet distances, the ratio of the two; then the verdict."""
+    """Prints each metric with its floor and, for Fréchet distances, the ratio of the two; then the verdict."""
     subsets = subsets_of(sample.dataset)
     rows = [(f"{count} images a class", subsets)]
     for name, title in titles_of(sample.real).items():
@@ -58,7 +58,7 @@ def print_table(sample: Sample, count: int) -> None:
 
 
 def print_obedience(told: dict[str, Obedience]) -> None:
-    """Tables of what came of asking for parameters."""
+    """Prints the results of ``obedience`` as tables."""
     for name, found in told.items():
         print(f"\n{name}, asked for the parameters of test images")
         for rows in _obedience_tables(found).values():
@@ -83,8 +83,8 @@ def write_lenses(path: str, sample: Sample) -> None:
 
 
 def write_json(path: Path, settings: dict[str, Any], samples: list[Sample], told: dict[str, Obedience]) -> None:
-    """report.json: the metrics of the first sample, those of the others under "compared", how they were made, and what
-    came of asking for parameters, by generator."""
+    """report.json: the metrics of the first sample, those of the others under "compared", how they were made, and the
+    results of ``obedience``, by generator."""
     reference, everyone = samples[0].reference, _everyone(samples)
     content = {
         "settings": settings,
@@ -166,7 +166,7 @@ def write_html(path: Path, settings: dict[str, Any], samples: list[Sample], told
 
 
 def _everyone(samples: list[Sample]) -> list[Sample]:
-    """The real images that samples were scored against, each set of them once, with the samples behind it."""
+    """All samples to show: each set of real images once, and behind it the samples that were scored against it."""
     found = []
     for sample in samples:
         found += [s for s in (sample.reference.sample, sample) if s not in found]
@@ -174,7 +174,7 @@ def _everyone(samples: list[Sample]) -> list[Sample]:
 
 
 def _verdict(sample: Sample) -> str:
-    """The sentences, and the metrics that decide with a word for each subset."""
+    """The verdict of a sample: its sentences, and the metrics that decide, with a word for each subset."""
     titles, subsets = titles_of(sample.real), subsets_of(sample.dataset)
     rows = ""
     for name, of_subsets in verdict.words(sample).items():
@@ -210,8 +210,8 @@ def _scores(samples: list[Sample], splits: int) -> str:
         rows.append(f'<tr><th>{title}</th>{values}</tr><tr class="floor"><th>floor</th>{floors}</tr>')
     return (
         "<p>Means and standard deviations over random splits of the real test images, in brackets 95% intervals. The "
-        "floor is the same metric of real images against real images, in the same numbers. Coloured: farther from the "
-        f"floor than chance takes one metric in a thousand.</p><table>{head}{''.join(rows)}</table>"
+        "floor is the same metric of real images against real images, in the same numbers. Coloured: by chance, one "
+        f"metric in a thousand is so far from its floor.</p><table>{head}{''.join(rows)}</table>"
     )
 
 
@@ -276,7 +276,7 @@ def _lens_equation(samples: Sequence[Sample]) -> str:
     unexplained = (f"{(~sample.measured['explained']).double().mean():.1%} of {sample.name}" for sample in samples)
     return _section(
         "Lens equation",
-        "What the smooth lens of the recipe that fits best leaves over, in units of the peak. For "
+        "What the best-fitting smooth lens of the recipe leaves over, in units of the peak. For "
         f"{', '.join(smooth)} it is the error of the generator; for the others the signal of the substructure, whose "
         f"distribution must match. Images that no smooth lens explains: {', '.join(unexplained)}.",
         plots.histograms(_panels(samples, "lens_residual"), "residual (RMS over peak)"),
@@ -285,7 +285,7 @@ def _lens_equation(samples: Sequence[Sample]) -> str:
 
 
 def _obedience(name: str, found: Obedience) -> str:
-    """What came of asking a generator for the parameters of test images."""
+    """The section on a generator that was asked for the parameters of test images."""
     tables = "".join(
         f"<h3>{title}</h3><table>"
         + "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)

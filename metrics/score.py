@@ -1,7 +1,7 @@
-"""Every metric of the evaluation: of one sample of images against another of the same size, and beside its floor.
+"""Every metric of the evaluation, which compares two samples of images of the same size, beside its floor.
 
-A metric is a function with the decorator ``metric`` below, or a number of each image in ``physics.describe``: that is
-all it takes to be in the tables and the report.
+The floor is the same metric of real images against real images. A metric is a function with the decorator ``metric``
+below, or a number of each image in ``physics.describe``: that is all it takes to be in the tables and the report.
 """
 
 import math
@@ -27,8 +27,8 @@ from simulate.recipes import scale_of
 COPY_QUANTILE = 0.05  # a copy is nearer to a training image than all but this share of the test images
 SHARES = {"copy_share", "two_sample_accuracy", "class_accuracy", *usefulness.TITLES}  # printed as percentages
 DISTANCES = {"fid_inception", "frechet_lens"}  # shown also as a ratio to the floor
-TITLES: dict[str, str] = {}  # name of a metric in report.json -> for people; ``titles_of`` has all
-ROUNDING = 1e-5  # of residuals in float32, where the lens equation is obeyed exactly
+TITLES: dict[str, str] = {}  # name of a metric in report.json -> title; ``titles_of`` has all of them
+ROUNDING = 1e-5  # error of float32 in the residuals of images that obey the lens equation exactly
 
 _Comparison = Callable[[Measured, Measured, Measured], dict[str, float]]
 _COMPARISONS: list[_Comparison] = []
@@ -36,8 +36,8 @@ _OfSubsets = dict[str, dict[str, float]]  # subset -> metric -> value
 
 
 def metric(**titles: str) -> Callable[[_Comparison], _Comparison]:
-    """Decorator for a function of real, other and training measurements that returns the metrics titled here, or none
-    where it lacks what they need."""
+    """Decorator for a function of real, other and training measurements that returns the metrics titled here, or an
+    empty dict if it lacks what they need."""
 
     def register(function: _Comparison) -> _Comparison:
         TITLES.update(titles)
@@ -96,7 +96,7 @@ def _accuracy(real: Measured, other: Measured, train: Measured) -> dict[str, flo
 
 
 def titles_of(dataset: NpyDataset) -> dict[str, str]:
-    """Titles of all metrics of the images of a dataset; some may have no value, as FID without its network."""
+    """Titles of all metrics of the images of a dataset; some may have no value, such as FID without its network."""
     size, (_, unit) = dataset.image_shape[-1], scale_of(dataset)
     bands = physics.bands(size).items()
     residuals = {f"residual_{band}": f"Lens residual, {low}-{high} cycles, W1" for band, (low, high) in bands}
@@ -106,7 +106,7 @@ def titles_of(dataset: NpyDataset) -> dict[str, str]:
 
 
 def compare(real: Measured, other: Measured, train: Measured, titles: dict[str, str]) -> dict[str, float]:
-    """Every metric of two samples of one size but the C2ST; numbers of each image by their Wasserstein distance."""
+    """Every metric of two samples of one size but C2ST and usefulness; numbers of an image are compared by W1."""
     numbers = [name for name in titles if name in real]
     found = {name: distances.wasserstein(real[name], other[name], physics.PERIODS.get(name)) for name in numbers}
     for comparison in _COMPARISONS:
@@ -115,7 +115,7 @@ def compare(real: Measured, other: Measured, train: Measured, titles: dict[str, 
 
 
 def subsets_of(dataset: NpyDataset) -> tuple[str, ...]:
-    """Names of the subsets that metrics are of: all images, then each class."""
+    """Names of the subsets that metrics are computed for: all images, then each class."""
     return ("overall", *dataset.classes)
 
 
@@ -123,7 +123,7 @@ def half_size(test: NpyDataset, most: int) -> int:
     """Images of a class in each of two halves of the test images, ``most`` or fewer.
 
     Raises:
-        InputError: for fewer than the 3 that a metric takes.
+        InputError: for fewer than 3, which a metric needs.
     """
     count = min(most, fewest(test) // 2)
     if count < 3:
@@ -138,9 +138,9 @@ def halves(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def check_match(data: NpyDataset, others: dict[str, Any]) -> None:
-    """Raises InputError unless generators, classifiers and folders, by their paths, are of images like the data.
+    """Raises InputError unless generators, classifiers and folders, given by their paths, fit the images of the data.
 
-    Of one class, there is nothing to classify: any classifier gives features.
+    Images of a single class need no classifier of their own: features of any classifier will do.
     """
     for path, other in others.items():
         is_classifier = hasattr(other, "channels")
@@ -155,8 +155,8 @@ class Reference:
     """The real images that others are scored against, measured once.
 
     Args:
-        test: the reference images; twice ``count`` of each class, chosen at random, are used, for halves without a
-            common image.
+        test: the reference images; twice ``count`` of each class, chosen at random, are used, for two halves without
+            a common image.
         train: the training images, among which copies are sought; ``count`` of each class enter the FLD.
         count: images of a class in every metric, 3 or more.
         classifier, inception: the networks that give features.
@@ -181,7 +181,7 @@ class Reference:
         if fewest(train) < 2:
             raise InputError(f"{train.root_dir}: fewer than 2 training images of a class")
         self.count, self.networks = count, (classifier, inception, batch_size)
-        self.floors: dict[int, _OfSubsets] = {}  # of each seed of a split: the same for all that is scored
+        self.floors: dict[int, _OfSubsets] = {}  # by the seed of a split; the same for every sample
         index = some_of_each_class(test.labels, 2 * count, seed)
         self.sample = Sample(name, test, index, measure_cached("test", test, index, *self.networks), self)
         index = some_of_each_class(train.labels, count, seed)
@@ -194,8 +194,8 @@ class Reference:
     def score(self, name: str, dataset: NpyDataset, splits: int, seed: int) -> Sample:
         """Every metric of a dataset's images against the real ones, beside its floor, over random splits.
 
-        Each split takes two sets of real images without a common one, A and B. The value is the mean of the metric of
-        the dataset against A, the floor that of B against A.
+        Each split takes two sets A and B of real images, without a common image. The value is the metric of the dataset
+        against A, the floor that of B against A; both are means over the splits.
 
         Returns:
             The measured sample; its ``metrics`` are: metric -> "overall" or class -> value, value_std, floor and
@@ -226,7 +226,7 @@ class Reference:
         return other
 
     def _against(self, half: Tensor, measured: Measured, read: Read, seed: int) -> _OfSubsets:
-        """Every metric of as many other images against a half of the real ones."""
+        """Every metric of other images against one half of the real ones, of the same size."""
         data, labels, found = self.sample.dataset, measured["label"], {}
         of_half, of_train = select(self.sample.measured, half), masks(self.train_measured["label"], data.classes)
         for subset, mask in masks(labels, data.classes).items():
@@ -239,7 +239,7 @@ class Reference:
 
 
 def apart(metric: dict[str, Any], splits: int) -> bool:
-    """Whether a metric lies farther from its floor than chance takes one in a thousand (Student's t)."""
+    """Whether a metric is so far from its floor as, by chance, only one in a thousand is (Student's t)."""
     if metric["value"] is None:
         return False
     limit = student_t.ppf(1 - 0.001 / 2, max(splits - 1, 1)) * math.hypot(metric["value_std"], metric["floor_std"])
@@ -270,7 +270,7 @@ def _summary(
         summary |= {key: float(np.mean(found)), f"{key}_std": float(np.std(found, ddof=min(1, len(found) - 1)))}
     if name == "pqmass":
         p_values = np.concatenate([split[subset]["pqmass p_values"] for split in values])
-        summary["uniform"] = float(kstest(p_values, "uniform").pvalue)  # Kolmogorov and Smirnov's
+        summary["uniform"] = float(kstest(p_values, "uniform").pvalue)  # the Kolmogorov-Smirnov test
     if name == "kid_lens":
         summary["standard_error"] = float(np.mean([split[subset]["kid_lens standard_error"] for split in values]))
     images = count * (len(values[0]) - 1 if subset == "overall" else 1)

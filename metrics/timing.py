@@ -16,7 +16,8 @@ from models.generator import load_model
 
 
 def seconds(work: Callable[[], object], repeats: int = 3, warm_up: bool = True) -> float:
-    """The least time of some work, after a first time that is not counted: what others do on the machine adds to it."""
+    """The least time of ``repeats`` runs of some work, after a first run that does not count; other programs only add
+    to the time."""
     found = []
     for _ in range(repeats + 1 if warm_up else repeats):
         started = time.perf_counter()
@@ -28,13 +29,13 @@ def seconds(work: Callable[[], object], repeats: int = 3, warm_up: bool = True) 
 
 
 def least_seconds(work: Callable[[], object], warm_up: bool = True) -> float:
-    """The least time of as many as fit into a second, 15 at most."""
+    """The least time of as many runs as fit into a second, 15 at most."""
     once = seconds(work, 1, warm_up)
     return min(once, seconds(work, min(14, int(1 / once)), warm_up=False)) if once < 1 else once
 
 
 def peak_memory(checkpoint: str, batches: Sequence[int]) -> dict[int, float]:
-    """Bytes that generating so many images at once needs beyond the loaded network, in a process of its own."""
+    """Number of images at once -> bytes that generating them needs beyond the loaded network, in its own process."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, settings.as_worker) as pool:
         return pool.submit(_peak_memory, checkpoint, batches).result()
@@ -43,7 +44,7 @@ def peak_memory(checkpoint: str, batches: Sequence[int]) -> dict[int, float]:
 def _peak_memory(checkpoint: str, batches: Sequence[int]) -> dict[int, float]:
     model, found = load_model(checkpoint, "cpu"), {}
     before = _highest()
-    for images in sorted(batches):  # from small to large: the system knows the highest peak so far
+    for images in sorted(batches):  # from small to large: the system only knows the highest peak so far
         model.generate(torch.arange(images) % len(model.classes), batch_size=images)
         found[images] = _highest() - before
     return found

@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 HELD_OUT = 0.5  # share of the images that only test the network
 _STEPS, _EPOCHS = 200, 40  # of training: whichever is less
-_BATCH_SIZE, _LEARNING_RATE = 32, 2e-3  # a batch has as many images of either sample
+_BATCH_SIZE, _LEARNING_RATE = 32, 2e-3  # images of each sample in a batch; learning rate
 
 
 Read = Callable[[Tensor, torch.Generator | None], Tensor]  # images (m, c, s, s) in [0, 1] of indices (m,)
 
 
 def c2st(a: Read, b: Read, labels: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Trains a network on half of the images of two samples to tell which sample an image is of, and tests the rest.
+    """Trains a network on half of the images of two samples to tell which sample an image is of; tests it on the rest.
 
-    One network for all classes, with an output for each, so that they share what it learns.
+    All classes share one network, with an output for each class, so that each profits from what the others teach it.
 
     Args:
-        a, b: the two samples. Image i of both is of class labels[i]. To learn from, observed images have fresh noise
-            from the second argument each time.
+        a, b: the two samples. Image i of both is of class labels[i]. In training, the second argument gives observed
+            images fresh noise each time.
         labels: (n,) int64.
         seed: of the weights, the order and the choice of held-out images.
 
@@ -68,10 +68,10 @@ def learned(
     rate: float,
     seed: int,
 ) -> "SmallNetwork":
-    """A small network that has learned from batches of indices, whose loss ``loss`` gives.
+    """A small network, trained on batches of indices; ``loss`` is a function of the network and a batch.
 
     Args:
-        outputs: how many it has.
+        outputs: number of outputs of the network.
         examples: images (n, c, s, s) like those that it will be shown.
         rate: the largest learning rate.
         seed: of the weights.
@@ -95,7 +95,7 @@ class SmallNetwork(nn.Module):
     def __init__(self, outputs: int, examples: Tensor):
         super().__init__()
         shown = self._shown(examples)
-        side = (shown.shape[-1] // 4 + 1) // 2  # of what the convolutions leave of an image
+        side = (shown.shape[-1] // 4 + 1) // 2  # pixels that the convolutions leave of an image
         self.layers = nn.Sequential(
             nn.Conv2d(shown.shape[1], 32, 4, 4),
             nn.GroupNorm(4, 32),

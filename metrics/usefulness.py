@@ -41,10 +41,10 @@ class Usefulness:
         self.real: dict[tuple[int, int], dict[str, float]] = {}  # accuracies without generated images, by training
 
     def score(self, sample: Sample) -> tuple[list[dict], list[dict]]:
-        """The metrics of TITLES of a sample, and as their floors those of real images in its place.
+        """The metrics of TITLES of a sample, and their floors, which are those of real images in its place.
 
         Returns:
-            Of each seed, subset -> metric -> value, and likewise floors; nothing where there is one class.
+            For each seed, subset -> metric -> value; and floors likewise. Both are empty for a single class.
         """
         with tqdm(total=len(self.trainings), desc=f"learning from {sample.name}", leave=False) as bar:
 
@@ -68,8 +68,8 @@ class Usefulness:
         return values, floors
 
     def _accuracy(self, seed: int, n: int, sample: Sample | None = None) -> dict[str, float]:
-        """Accuracy on the test images, overall and of each class, after learning from n real images of a class, or
-        from those and a sample; from the sample alone if they are all."""
+        """Accuracy on the test images, overall and of each class, after learning from n real images of a class. A
+        sample is added to these, or replaces them if n is ``self.most``."""
         index = some_of_each_class(self.train.labels, n, seed)
         labels = self.train.labels[index].cpu()
 

@@ -10,11 +10,11 @@ WORDS = ("at the floor", "near", "off")
 FAR_RATIO, FAR_DIFFERENCE = 3, 0.05
 _FEW = 100  # images a class
 _NUMBERS = {4: "four", 5: "five"}
-_SPLITS = 10  # by which "apart" is meant, however many there are: by few, nothing ever is
+_SPLITS = 10  # that "apart" assumes, however many there are: with few, nothing would ever be apart
 RULE = (
     "The floor is the same metric of real images against other real images, in the same numbers. A metric is apart "
-    "from its floor when it is over 4.8 standard deviations of the splits from it: by ten splits, chance takes it so "
-    f"far in one of 1,000 cases. It is far from its floor when a distance is over {FAR_RATIO} times the floor, or a "
+    "from its floor when it is over 4.8 standard deviations of the splits from it: with ten splits, it is so far by "
+    f"chance in one of 1,000 cases. It is far from its floor when a distance is over {FAR_RATIO} times the floor, or a "
     f"share over {100 * FAR_DIFFERENCE:.0f} percentage points from it and the 95% intervals do not overlap. At the "
     "floor: neither, or better than the floor. Near: one of the two. Off: both."
 )
@@ -29,9 +29,9 @@ def words(sample: Sample) -> dict[str, dict[str, str]]:
 
 
 def word(name: str, metric: dict[str, Any]) -> str:
-    """One of WORDS: for a metric that is neither ``apart`` nor far from its floor, or better; for one of the two; for
-    both. RULE says so to readers of the report."""
-    if name != "class_accuracy" and metric["value"] <= metric["floor"]:  # but images can be too easy to classify
+    """One of WORDS: the first if the metric is neither ``apart`` nor far from its floor, or is better than the floor;
+    the second if it is one of the two; the last if it is both. RULE explains this to readers of the report."""
+    if name != "class_accuracy" and metric["value"] <= metric["floor"]:  # images can be too easy to classify
         return "at the floor"
     is_apart, is_far = apart(metric, _SPLITS), _excess(name, metric) > 1
     if is_apart and is_far:
@@ -40,8 +40,8 @@ def word(name: str, metric: dict[str, Any]) -> str:
 
 
 def sentences(sample: Sample) -> list[str]:
-    """Where the metrics that decide are in their worst subset, the one farthest off, copies, and a judge that knows
-    nothing, a sentence each."""
+    """A sentence each on: the words of the metrics that decide, in their worst subset; the metric farthest from its
+    floor; copies; and a classifier that is right only by chance."""
     found = words(sample)
     count = len(sample.index) // len(sample.dataset.classes)
     worst = Counter(max(of_subsets.values(), key=WORDS.index) for of_subsets in found.values())
@@ -89,7 +89,7 @@ def _deciding(sample: Sample) -> list[str]:
 
 
 def _excess(name: str, metric: dict[str, Any]) -> float:
-    """How far a metric is from its floor; above 1 is far, 0 is what so few images cannot tell from it."""
+    """How far a metric is from its floor: above 1 is far, 0 means that the 95% intervals of two shares overlap."""
     value, floor = metric["value"], metric["floor"]
     if name not in SHARES:
         return value / max(floor, ROUNDING) / FAR_RATIO

@@ -35,7 +35,7 @@ def save_nothing(figure: object, path: Path) -> None:
 
 
 def learn_little() -> int:
-    """Networks that only score images learn next to nothing from now on; returns the steps of a C2ST until now."""
+    """From now on, networks that only score images learn next to nothing; returns the previous steps of a C2ST."""
     from metrics import two_sample, usefulness
 
     as_shipped, two_sample._STEPS = two_sample._STEPS, 5
@@ -45,7 +45,7 @@ def learn_little() -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def steps_as_shipped():
-    """Of a C2ST, which has fewer in these tests. Nor do they wait until a file is on the disk: none has to last."""
+    """Steps of a C2ST outside these tests, which use fewer. They also never wait until a file is on the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
         yield learn_little()
@@ -53,12 +53,12 @@ def steps_as_shipped():
 
 @pytest.fixture
 def full_c2st(steps_as_shipped, monkeypatch):
-    """For tests of what a C2ST finds."""
+    """Restores the usual steps, for tests of what a C2ST finds."""
     monkeypatch.setattr("metrics.two_sample._STEPS", steps_as_shipped)
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: the garbage collector, which ``plots.save`` calls, need not look at it again."""
+    """What is imported by now stays, so the garbage collector, which ``plots.save`` calls, no longer looks at it."""
     gc.collect()
     gc.freeze()
 
@@ -69,7 +69,7 @@ def pytest_sessionfinish():
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """Runs a script that fills a folder of a name, once for all processes of pytest; returns the folder."""
+    """Runs a script that fills the folder with a given name, once for all pytest processes; returns the folder."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -122,7 +122,7 @@ def data_copy(lens_data, tmp_path) -> Path:
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Pictures are files without content: drawing them would take most of the time of a tiny training."""
+    """Pictures become empty files, because drawing them would take most of the time of a tiny training."""
     monkeypatch.setattr("plots.save", save_nothing)
 
 

@@ -1,4 +1,4 @@
-"""Damages .npy files and checkpoints at random; each must load right, or be refused in a line, in bounded time.
+"""Damages .npy files and checkpoints at random. Each must load right or be refused in one line, in bounded time.
 
 python tests/fuzz.py --cases 100000
 """
@@ -59,7 +59,7 @@ def fuzz(cases: int, images: list[Path], checkpoint: Path, folder: Path, seed: i
     signal.signal(signal.SIGALRM, _hangs)
     before = 0.0
     for case in tqdm(range(cases), "damaging", leave=False):
-        if case == cases // 4:  # everything that is loaded once has been
+        if case == cases // 4:  # by now, everything that is loaded only once is loaded
             before = _peak()
         source = sources[case % 3][random.integers(len(sources[case % 3]))]
         path = folder / f"damaged{source.suffix}"

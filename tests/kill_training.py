@@ -1,4 +1,4 @@
-"""Kills a training with SIGKILL at random moments, lets it go on, and compares its end with one that was never killed.
+"""Kills trainings with SIGKILL at random moments, lets them go on, and compares what they wrote with one never killed.
 
     python tests/kill_training.py --kills 500
     python tests/kill_training.py --training classifier --kills 20
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def kill_and_compare(training: str, data: Path, folder: Path, kills: int, seed: int) -> list[bool]:
-    """Whether each kill struck while a checkpoint was being written; fails at the first end that differs."""
+    """Whether each kill struck while a checkpoint was being written; fails at the first run whose result differs."""
     context = forkserver()
 
     def start(output: Path, slow_disk: bool = False) -> multiprocessing.Process:
@@ -74,7 +74,7 @@ def kill_and_compare(training: str, data: Path, folder: Path, kills: int, seed: 
         assert process.exitcode == 0, f"{output}: ended with {process.exitcode}"
 
     server = context.Process(target=train, args=(f"train.train_{training}", ["--help"]))
-    server.start()  # and what it imports, once
+    server.start()  # starts the server, which imports everything once
     server.join()
     started = time.monotonic()
     finish(folder / "straight")
@@ -108,12 +108,12 @@ def forkserver() -> multiprocessing.context.BaseContext:
 
 def train(module: str, flags: list[str], slow_disk: bool = False) -> None:
     """What the killed process does."""
-    gc.freeze()  # the collector, which ``plots.save`` calls, need not look at what is imported
+    gc.freeze()  # so that the collector, which ``plots.save`` calls, skips what is imported
     if slow_disk:
         fsync = os.fsync
         os.fsync = lambda descriptor: (time.sleep(0.05), fsync(descriptor))
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # the usual one, of all processes, outlives those that are killed
+    tqdm.set_lock(threading.RLock())  # the usual lock is shared, and a killed process would keep it
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     script = importlib.import_module(module)
     settings.from_flags(vars(script), flags)
@@ -137,11 +137,11 @@ def train_and_watch(module: str, flags: list[str], sender: Connection) -> None:
 
 
 def usage(steps: int) -> dict[str, int]:
-    """Memory in bytes and the number of open files of this process; without pages of files, which the system drops and
-    fetches as it likes, and without what the allocator keeps for later."""
+    """Memory in bytes and number of open files of this process. The memory leaves out pages of files, which the system
+    drops and fetches as it likes, and what the allocator keeps for later."""
     gc.collect()
     if sys.platform == "linux":
-        with suppress(AttributeError):  # of another C library than glibc
+        with suppress(AttributeError):  # C libraries other than glibc have none
             ctypes.CDLL(None).malloc_trim(0)
     resident, of_files = map(int, Path("/proc/self/statm").read_text().split()[1:3])
     memory = (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
@@ -149,7 +149,7 @@ def usage(steps: int) -> dict[str, int]:
 
 
 def end_of(training: str, output: Path) -> dict[str, Any]:
-    """Everything that a run has made, but for its clock."""
+    """Everything that a run has made, without its settings and its name."""
     final = load_checkpoint(output / _FINAL[training])
     final.pop("settings", None)
     final.pop("run", None)  # its name
@@ -163,7 +163,7 @@ def end_of(training: str, output: Path) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two ends are equal to the last bit; the rate of images alone may differ."""
+    """Whether two results are equal to the last bit; only the images a second may differ."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):

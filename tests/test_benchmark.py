@@ -51,7 +51,7 @@ def test_the_benchmark_writes_its_tables(lens_data, checkpoint, classifier, tmp_
     for contender in contenders.values():
         assert 1e-7 < contender["seconds"] < 60
     one_pass = contenders["generator, 1 NFE"]["operations"]
-    assert one_pass > 2 * 66_016  # as many multiplications and additions as weights, for each of the tokens
+    assert one_pass > 2 * 66_016  # a multiplication and an addition for each weight, for each of the tokens
     assert contenders["generator, 8 NFE"]["operations"] == 8 * one_pass  # pixels need no decoding
     compiled = contenders["generator, 2 NFE, compiled"]  # as many as the checkpoint says
     assert compiled["operations"] == 2 * one_pass

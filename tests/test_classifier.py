@@ -1,4 +1,4 @@
-"""A classifier that knows: probabilities that are right on average, and images unlike those of its training."""
+"""A classifier knows its limits: its probabilities are right on average, and it finds images unlike its training's."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def test_the_calibration_error_is_that_of_its_definition():
 
 @pytest.fixture(scope="module")
 def network():
-    """An untrained network whose features see its images: those of a residual network from scratch hardly do."""
+    """An untrained network whose features depend on its images; an untrained residual network's hardly do."""
     torch.manual_seed(0)
     model = build_classifier(32, ("a", "b")).eval()
     for module in model.modules():
@@ -49,7 +49,7 @@ def blobs(n, seed, width=4.0):
 
 
 def test_the_temperature_is_that_of_labels_drawn_at_another_one(network):
-    """Labels of the probabilities at three times the logits: the network was too modest by as much."""
+    """Labels are drawn with three times the network's logits: the network is underconfident by that factor."""
     images = blobs(3000, 0)
     with torch.no_grad():
         network.fc.weight.mul_(4)
@@ -110,7 +110,7 @@ def test_distances_are_those_of_mahalanobis():
 def test_an_unlike_image_is_called_by_its_kind():
     model = build_classifier(32, ("a", "b"), 1, KINDS).eval()
     features = torch.eye(512)[:3]
-    assert unlikeness(model, features, 64) == ["", "", ""]  # nobody has found out
+    assert unlikeness(model, features, 64) == ["", "", ""]  # it is not calibrated yet
     model.calibration = Calibration()
     model.calibration.pixels.fill_(64)
     model.calibration.limit.fill_(1)  # distances are 1 / sqrt(512)
@@ -134,7 +134,7 @@ def test_an_unlike_image_is_called_by_its_kind():
 
 @pytest.fixture(scope="module")
 def observed(lens_data, shared):
-    """OUTPUT_DIR of a short training through a telescope, with images unlike the others beside."""
+    """OUTPUT_DIR of a short training through a telescope, with altered images beside the others."""
     flags = ["--image_size", 32, "--batch_size", 16, "--epochs", 2, "--pretrained", "false", "--data_dir", lens_data]
     flags += ["--instrument", "euclid", "--augment", "half_turn", "--max_shift", 2, "--unlike_share", 0.25]
     return shared("observed", "train/train_classifier.py", *flags, "--output_dir")

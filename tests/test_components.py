@@ -13,7 +13,7 @@ from models.model import Attention
 
 
 def component_generator() -> tuple[Generator, torch.Tensor]:
-    """A random network on the five components of images of few directions, and such images."""
+    """A random network on five principal components, and images with only these five components."""
     generator = torch.Generator().manual_seed(2)
     few = torch.rand(200, 5, generator=generator) * torch.tensor([3.0, 1, 0.3, 0.1, 0.02])
     images = (few @ torch.rand(5, 64, generator=generator)).view(200, 1, 8, 8) - 1
@@ -77,7 +77,7 @@ def test_the_standard_deviation_is_that_of_coefficients_around_0():
 
 
 def test_the_attention_of_a_lone_token_is_a_linear_layer():
-    """Which ``without_attention`` makes of it, with the position of the token in the bias of the embedding."""
+    """``without_attention`` replaces it by that layer, and adds the token's position to the bias of the embedding."""
     attention, first = Attention(12, 3), torch.nn.Linear(7, 12)
     coefficients, position = torch.randn(4, 1, 7), torch.randn(1, 1, 12)
     old = {"x_embedder.weight": first.weight, "x_embedder.bias": first.bias, "pos_embed": position}
@@ -85,7 +85,7 @@ def test_the_attention_of_a_lone_token_is_a_linear_layer():
     old |= {f"patch_basis.{name}": torch.rand(7) for name in ("mean", "vectors", "spread")}
     codec, network = without_attention(old)
     alone = first(coefficients) + position
-    torch.testing.assert_close(attention(alone), attention(alone.expand(4, 5, 12))[:, :1])  # sees five times itself
+    torch.testing.assert_close(attention(alone), attention(alone.expand(4, 5, 12))[:, :1])  # it sees itself five times
     embedded = torch.nn.functional.linear(coefficients, network["x_embedder.weight"], network["x_embedder.bias"])
     linear = (network[f"blocks.0.linear.{name}"] for name in ("weight", "bias"))
     torch.testing.assert_close(torch.nn.functional.linear(embedded, *linear), attention(alone))

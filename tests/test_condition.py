@@ -45,7 +45,7 @@ def coefficient_generator() -> Generator:
 
 
 def older_generator() -> Generator:
-    """As before subhaloes were seen beside the lens."""
+    """As in older versions, which describe a subhalo without the parameters of the lens."""
     return pixel_generator(beside_lens=False)
 
 
@@ -127,7 +127,7 @@ def test_a_share_of_the_images_loses_parameters_as_many_as_may_be():
     found = flow.hide(given, 0.6, random)
     assert torch.equal(found[~found.isnan()], given[~found.isnan()])
     many = [(found.isnan().sum(1) == n).double().mean().item() for n in range(5)]
-    np.testing.assert_allclose(many, [0.4 + 0.6 / 5, *[0.6 / 5] * 4], atol=0.01)  # every number of them as likely
+    np.testing.assert_allclose(many, [0.4 + 0.6 / 5, *[0.6 / 5] * 4], atol=0.01)  # all counts are as likely
     assert torch.equal(flow.hide(given, 0.0, random), given)
     unknown = torch.full((10, 4), NAN)
     assert flow.hide(unknown, 0.5, random).isnan().all()
@@ -201,7 +201,7 @@ def test_the_generator_of_an_older_version_takes_none():
 
 @pytest.fixture(scope="session")
 def spots(tmp_path_factory):
-    """Images of a spot whose place is in parameters.csv, but for every fifth image; its width is in no table."""
+    """Images of a spot whose place is in parameters.csv, except for every fifth image; its width is in no table."""
     root = tmp_path_factory.mktemp("spots")
     random, rows = np.random.default_rng(0), ["file,place_x [pixel],place_y [pixel]"]
     i, j = np.mgrid[:16, :16]
@@ -224,7 +224,7 @@ TRAINING = {
 
 @pytest.mark.parametrize("size", TRAINING)
 def test_spots_appear_where_they_are_asked_for(size, spots, tmp_path, undrawn):
-    """From one training, all given, some given, and none: as in the data."""
+    """One training is asked with all, some and none of the places given; those not given vary as in the data."""
     flags = [*TRAINING[size], "--model_size", size, "--parameters", "place_x,place_y", "--num_ode_steps", 8]
     flags += ["--batch_size", 16, "--learning_rate", 3e-3, "--epochs", 60, "--ema_beta", 0.99]
     flags += ["--sample_interval", 60, "--checkpoint_save_interval", 60, "--data_dir", spots]
@@ -244,7 +244,7 @@ def test_spots_appear_where_they_are_asked_for(size, spots, tmp_path, undrawn):
 
     x, y = torch.linspace(5, 10, 64), torch.linspace(5, 10, 64)[torch.randperm(64)]
     found_x, found_y = places(place_x=x.numpy(), place_y=y.numpy())
-    assert (found_x - x).abs().mean() < 0.6  # where places differ by 2 from each other
+    assert (found_x - x).abs().mean() < 0.6  # small, as places differ by 2 from each other
     assert (found_y - y).abs().mean() < 0.6
     found_x, found_y = places(place_y=6.0)
     assert (found_y - 6).abs().mean() < 1.1
@@ -283,7 +283,7 @@ def test_a_run_goes_on_with_its_parameters_and_starts_from_weights_without_any(s
             run_script("train/train_diffusion.py", *begin, *wrong, "--epochs", 1, "--resume", "never")
         assert stopped.value.code == 2
         assert fault in capsys.readouterr().err
-    assert not [*tmp_path.rglob("earlier*")]  # nothing was moved out of the way of a run that cannot be
+    assert not [*tmp_path.rglob("earlier*")]  # a run that cannot begin has moved no earlier files
 
 
 def test_names_are_given_with_commas_and_checked_like_any_constant():

@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md do what they say, and the house is as it says."""
+"""The examples of CONTRIBUTING.md do what they say, and the code is laid out as it says."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ EXAMPLES = dict(re.findall(r"```python\n# (\w+): [^\n]*\n(.*?)```", (ROOT / "CON
 
 @pytest.fixture
 def add():
-    """Runs the example of what is to be added, which is taken away again after the test."""
+    """Runs the example of a given title; what it adds is taken away after the test."""
     registries = (flow.SOLVERS, NETWORKS, SIZES, RECIPES, score.TITLES)
     before = [dict(registry) for registry in registries]
     comparisons = list(score._COMPARISONS)

@@ -131,7 +131,7 @@ def test_constant_images_become_zeros():
 
 def test_published_axion_files_load_with_their_mass():
     for path in sorted((DATA / "published_format" / "axion").glob("*.npy")):
-        expected_image, expected_mass = np.load(path, allow_pickle=True)  # ours, hence safe
+        expected_image, expected_mass = np.load(path, allow_pickle=True)  # our own file, so this is safe
         image, mass = read_image(path)
         np.testing.assert_allclose(image, normalize(expected_image), atol=1e-7)
         assert mass == expected_mass
@@ -156,7 +156,7 @@ def test_pairs_written_by_this_numpy_load_too(tmp_path, mass, protocol):
 
 
 class Bomb:
-    """Pickled, it asks for a function call."""
+    """Loading its pickle calls a function."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
@@ -220,7 +220,7 @@ def test_bad_files_are_named_and_run_nothing(tmp_path, monkeypatch, kind):
 
 
 def with_pixels(value, count=1, image=None):
-    """An image some pixels of which have another value."""
+    """An image in which some pixels have another value."""
     lens = next((DATA / "published_format" / "no_sub").glob("*.npy"))
     image = (np.load(lens) if image is None else image).copy()
     image.flat[100 : 100 + count] = value
@@ -230,7 +230,7 @@ def with_pixels(value, count=1, image=None):
 @pytest.mark.parametrize("count", [1, 4, 5, 64, 800])
 @pytest.mark.parametrize("value", [-999, -9999, -32768, 65535, 1e6, -1e30, 1e300])
 def test_pixels_that_hide_the_others_are_named(tmp_path, value, count):
-    """Bad pixels, a dead row, a gap between two detectors: scaled, nothing else would be left of the lens."""
+    """Bad pixels, a dead row, a gap between two detectors: after scaling, they would leave nothing of the lens."""
     count_of = "1 pixel" if count == 1 else f"{count} pixels"
     with pytest.raises(
         InputError, match=rf"x\.npy: has {count_of} from \S+ to \S+, which hide the others, from \S+ to"
@@ -249,14 +249,14 @@ def test_bad_pixels_of_several_values_are_named(tmp_path, values):
 
 
 def test_noise_and_faint_lenses_are_images(tmp_path):
-    """Of the noise-free ones, all but 1% of the pixels on either side have a third of the range at least."""
+    """The pixels of noise-free lenses, without 1% on either side, span at least a third of the range."""
     rng = np.random.default_rng(0)
     lens = with_pixels(0, 0)
     for sky in (0.01, 1, 100):  # times the peak
         read_image(write(tmp_path / "x.npy", lens + rng.normal(0, sky * lens.max(), lens.shape)))
     read_image(write(tmp_path / "x.npy", rng.poisson(3 * lens).astype("u2")))
     point = np.exp(-0.5 * (np.hypot(*np.mgrid[-32:32, -32:32]) / 0.8) ** 2)  # a quasar, ten times as bright
-    for times in (10, 100):  # in colour, with the light of the lens, all but 1% of the pixels can be fainter still
+    for times in (10, 100):  # in colour, with the light of the lens, they can span still less
         read_image(write(tmp_path / "x.npy", lens + times * lens.max() * point))
 
 
@@ -364,7 +364,7 @@ def test_all_bad_files_are_reported_at_once_before_anything_else(data_copy, caps
 
 
 def some_images(folder, classes, shape=(64, 64), count=3):
-    """A folder of random images of classes; the first three of a class are of the three splits."""
+    """A folder of random images of classes; the first three of a class are one for each split."""
     rng = np.random.default_rng(1)
     for name in classes:
         for i in (0, 2, 7, 1, 3, 4)[:count]:
@@ -373,7 +373,7 @@ def some_images(folder, classes, shape=(64, 64), count=3):
 
 
 def check_folder(folder, classes, shape, monkeypatch):
-    """Everything that a data set does holds for images of any classes and shape."""
+    """Checks that everything a data set does works for these classes and this shape."""
     first = NpyDataset(folder, diffusion_transforms)
     assert first.classes == tuple(sorted(classes))
     assert first.image_shape == first.images.shape[1:] == shape
@@ -471,7 +471,7 @@ def test_folders_that_are_no_class(tmp_path):
 
 
 def test_classes_may_be_given_as_those_of_a_checkpoint(data_copy):
-    """In its order, and by name where one of them is not there."""
+    """They come in the checkpoint's order, and a class whose folder is missing is named."""
     two = NpyDataset(data_copy, classes=("no_sub", "axion"))
     assert two.counts() == {"no_sub": 48, "axion": 48}
     assert all(file.startswith(two.classes[label]) for file, label in zip(two.files, two.labels.tolist(), strict=True))
@@ -492,7 +492,7 @@ OTHER_SHAPES = {
 @pytest.mark.parametrize("kind", OTHER_SHAPES)
 @pytest.mark.parametrize("few", ["first", "last"])
 def test_images_of_another_shape_than_most_are_bad_files(data_copy, capsys, kind, few):
-    """Reported together with the others, wherever they are."""
+    """They are reported together with the other bad files, wherever they are."""
     shape, complaint = OTHER_SHAPES[kind]
     names = [f"{i}.npy" for i in range(48)][:4] if few == "first" else ["44.npy", "45.npy", "46.npy", "47.npy"]
     folder = data_copy / ("axion" if few == "first" else "no_sub")
@@ -508,7 +508,7 @@ def test_images_of_another_shape_than_most_are_bad_files(data_copy, capsys, kind
 
 
 def test_a_shape_that_is_not_that_of_most_images_but_of_the_first(tmp_path):
-    """The first file of all is one of few: those that most are like are the sound ones."""
+    """The very first file has a rare shape; the sound images are those of the most common shape."""
     some_images(tmp_path, ("a",), (3, 32, 32), 2)
     some_images(tmp_path, ("b", "c"), (3, 16, 16), 2)
     with pytest.raises(InputError, match=r"a/0\.npy: has shape \(3, 32, 32\), not \(3, 16, 16\)"):
@@ -601,7 +601,7 @@ def test_a_class_without_images_in_a_split_is_one_line_and_status_2(data_copy, c
 
 
 def test_a_class_without_a_folder_makes_another_data_set(data_copy):
-    """But not where the classes are given, as by a checkpoint."""
+    """This does not hold where the classes are given, as by a checkpoint."""
     no_folder(data_copy / "axion")
     (train,) = load_parts(data_copy, "train")
     assert train.classes == ("cdm", "no_sub")
@@ -636,7 +636,7 @@ def test_a_subset_that_stands_for_the_whole_is_chosen_at_random():
     assert labels[index].tolist() == [0] * 40 + [1] * 40 + [2] * 40
     assert len(index.unique()) == 120
     for of_class in index.view(3, 40) % 100:
-        assert 35 < of_class.double().mean() < 64  # of the first 40 it would be 20
+        assert 35 < of_class.double().mean() < 64  # the mean of the first 40 would be about 20
         assert of_class.diff().min() < 0
     assert torch.equal(index, some_of_each_class(labels, 40, seed=1))
     assert not torch.equal(index, some_of_each_class(labels, 40, seed=2))

@@ -1,4 +1,4 @@
-"""Objects beside the lens displace its light: by a deflection in closed form, times gradients, where they are."""
+"""Objects beside the lens displace light where they are: by a closed-form deflection, times gradients of the image."""
 
 import math
 
@@ -19,7 +19,7 @@ SHAPE = (2, 8, 10)
 
 
 def displacement(shape=SHAPE):
-    """With random weights, for two objects."""
+    """A displacement by two objects, with random weights."""
     torch.manual_seed(0)
     module = Displacement([[1, 2, 3], [4, 5, 6]], 7, shape, 6)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def test_those_with_a_place_and_something_more_are_placed_and_the_others_are_not
     found = of("source_x", "halo_y_1", "halo_mass_1", "halo_x_1", "halo_z_1", "mass_total")
     assert found == [["halo_mass_1", "halo_z_1", "halo_x_1", "halo_y_1"]]
     both = ("a_mass_1", "a_x_1", "a_y_1", "b_mass_1", "b_x_1", "b_y_1", "b_mass_2", "b_x_2", "b_y_2")
-    assert of(*both) == [list(both[3:6]), list(both[6:])]  # those of which there are most
+    assert of(*both) == [list(both[3:6]), list(both[6:])]  # the kind of which there are most
     assert of("x", "y", "mass", "halo_x_1", "halo_y_1", "clump_mass_1", "clump_x_1") == []
 
 
@@ -144,7 +144,7 @@ def test_objects_that_change_places_draw_the_same_and_images_without_any_are_as_
 def test_vectors_are_those_of_the_codec_and_travel(tmp_path):
     model = told()
     assert torch.equal(model.network.vectors, model.codec.vectors)
-    assert "vectors" not in model.network.state_dict()  # they are once in a file
+    assert "vectors" not in model.network.state_dict()  # a file holds them only once
     path = tmp_path / "model.pt"
     state = {"model_state_dict": model.network.state_dict(), "codec_state_dict": model.codec.state_dict()}
     save_checkpoint(path, **state, **model.description(), sampler={})

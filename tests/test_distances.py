@@ -77,7 +77,7 @@ def test_kernel_distance_is_the_unbiased_estimate_written_out(rows_at_once):
 
 
 def test_kernel_distance_is_unbiased_and_its_error_honest():
-    """Of equal distributions the estimate is zero on average; of distant ones it spreads as its error says."""
+    """For equal distributions the estimate is zero on average; for distant ones it scatters as its error says."""
     rng = np.random.default_rng(1)
     draw = lambda shift=0.0: torch.from_numpy(rng.normal(shift, 1, (60, 3)))  # noqa: E731
     same = [distances.kernel_distance(draw(), draw())[0] for _ in range(200)]
@@ -179,14 +179,14 @@ def test_fld_does_not_depend_on_the_order_of_the_training_images():
 
 
 def test_the_p_values_of_pqmass_are_uniform_for_one_distribution_alone():
-    """Of 60 independent pairs of samples, where it takes one p-value of each; and by a shift too small to see."""
+    """With one p-value for each of 60 independent pairs of samples; and near 0 after a shift too small to see."""
     random = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 60, 1200, 6, generator=random)
     same = [distances.pqmass(x, y, 1, seed)[0] for seed, (x, y) in enumerate(zip(a, b, strict=True))]
     assert kstest(same, "uniform").pvalue > 0.01
     apart = [distances.pqmass(x, y + 0.6, 1, seed)[0] for seed, (x, y) in enumerate(zip(a, b, strict=True))]
     assert np.median(apart) < 1e-3
-    # Of one pair, too, whose images have few directions, so that cells resemble each other
+    # Also for many p-values of one pair of samples in few dimensions, where cells resemble each other
     again = [distances.pqmass(x[:, :2], y[:, :2], 100, 0) for x, y in zip(a[:5], b[:5], strict=True)]
     assert np.median([kstest(p_values, "uniform").pvalue for p_values in again]) > 0.05
 

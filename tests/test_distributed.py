@@ -82,7 +82,7 @@ def run_and_listen(script: str, flags: list) -> tuple[list[float], str, set[str]
 
 
 def run_quietly(script: str, flags: list) -> str:
-    """Runs a script, but for its pictures and its long trainings, and returns what it printed."""
+    """Runs a script without its pictures and its long trainings, and returns what it printed."""
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as out:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("plots.save", save_nothing)
@@ -117,7 +117,7 @@ def test_shares_are_disjoint_complete_and_equal_and_results_come_in_order():
 
 @pytest.fixture(scope="module")
 def flags(lens_data):
-    """Of 56 steps."""
+    """Flags of a training of 56 steps."""
     return [*TINY_TRAINING, "--data_dir", lens_data, "--epochs", 8, "--sample_interval", 8]
 
 

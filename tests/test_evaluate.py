@@ -1,4 +1,4 @@
-"""Generation is reproducible and in range; distances are right where they are known; nothing missing is a crash."""
+"""Generation is reproducible and in range; distances are right where they are known; nothing missing causes a crash."""
 
 import errno
 import hashlib
@@ -284,7 +284,7 @@ def scored_files(monkeypatch):
 
 
 def test_exactly_the_images_asked_for_are_scored(flags, model, tmp_path, scored_files):
-    """Twelve there, of which the names of 10 and 11 come before that of 2; three asked for."""
+    """Twelve are there, three are asked for; by name, 10 and 11 would come before 2."""
     folder = tmp_path / "generated_npy"
     run_script("evaluate/evaluate_fld.py", *flags)
     source = json.loads((folder / "generated_by.json").read_text())
@@ -421,7 +421,7 @@ def test_images_that_are_scored_and_those_they_are_scored_against_are_chosen_at_
 
 
 def test_what_two_generators_have_in_common_is_scored(flags, lens_data, tmp_path, scored_files):
-    """A folder with fewer images than asked for: as many of the other generator, and no more are made."""
+    """A folder has fewer images than asked for: of the other generator, as many are scored, and no more are made."""
     folder = foreign_folder(lens_data, tmp_path / "others")
     run_script("evaluate/evaluate_fld.py", *flags, "--compare_path", folder)
     assert [len(names) for names in scored_files] == [9, 9]
@@ -493,7 +493,7 @@ def test_a_path_is_no_model(checkpoint):
 
 
 def test_generated_images_that_are_bad_can_be_skipped(flags, model, tmp_path, monkeypatch, scored_files, capsys):
-    """A generator that now and then draws nothing."""
+    """The generator draws blank images now and then."""
 
     def draws_nothing(self, labels, *args, original=Generator.generate):
         images = original(self, labels, *args).clone()
@@ -556,7 +556,7 @@ def test_the_report_holds_every_metric_beside_its_floor(flags, pictures, lens_da
     assert page.count("<img") == page.count("data:image/png;base64,") >= 10
     assert not re.search(r"(src|href)=.https?:", page)
     titles = score.titles_of(NpyDataset(lens_data))
-    absent = {"fid_inception", "gain_30", "gain_100", "gain_300", "pqmass"}  # of so few images
+    absent = {"fid_inception", "gain_30", "gain_100", "gain_300", "pqmass"}  # not for so few images
     for text in (*(title for name, title in titles.items() if name not in absent), "generated_npy", "others"):
         assert html.escape(text) in page or text in page
     # It opens with the verdict; all metrics and the settings fold open
@@ -605,7 +605,7 @@ def test_other_classes_and_channels_are_evaluated_with_no_edit(tmp_path, monkeyp
     assert np.array(found["confusion"]["real"]).shape == (4, 4)
     assert list(found["verdict"])[-1] == "power_8_16"
     assert np.load(tmp_path / "out" / "wdm" / "0.npy").shape == shape
-    shutil.rmtree(tmp_path / "data" / "wdm")  # and then networks and data do not go together
+    shutil.rmtree(tmp_path / "data" / "wdm")  # so that networks and data do not go together
     with pytest.raises(SystemExit) as stopped:
         run_script("evaluate/evaluate_fld.py", *flags)
     assert stopped.value.code == 2

@@ -45,7 +45,7 @@ def test_a_dead_process_holds_nothing(other_process, tmp_path, number):
     other_process.send_signal(number)
     other_process.wait()
     files.hold(tmp_path)
-    files.hold(tmp_path)  # its own
+    files.hold(tmp_path)  # it may hold its own folder again
 
 
 def test_a_folder_is_free_again_after_its_run(tmp_path):
@@ -87,7 +87,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_workers_end_with_the_process_that_started_them(tmp_path, number, status):
-    """Killed, it cannot stop them; asked to end, it does."""
+    """A killed process cannot stop its workers; one that is asked to end stops them."""
     # A copy of this process, which has imported all that it needs
     process = multiprocessing.get_context("fork").Process(
         target=simulate, args=(tmp_path / "data", tmp_path / "errors")
@@ -113,7 +113,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path, number, status
 
 
 def simulate(folder, errors) -> None:
-    """In a session of its own."""
+    """Simulates images in a session of its own."""
     os.setsid()
     sys.stderr = errors.open("w", buffering=1)
     run_script("simulate/simulate_lenses.py", "--data_dir", folder, "--num_per_class", 300, "--num_workers", 2)

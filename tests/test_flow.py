@@ -44,7 +44,7 @@ def test_loss_of_an_image_prediction_is_its_error_over_t_but_no_more_than_20_tim
 
 
 def test_a_loss_can_weigh_errors():
-    """One that sees the mean of an image alone takes no notice of the rest."""
+    """A weight that sees only the mean of an image takes no notice of the rest."""
     x, noise, t = torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.tensor([0.5, 0.5])
     velocity = torch.tensor([[1.0, -1, 1, -1], [2, 2, 2, 2]]).view(2, 1, 2, 2)
 
@@ -103,7 +103,7 @@ def gaussian_velocity(mean: float, std: float):
     ("solver", "order", "grid"),
     [
         *(("euler", 1, "uniform"), ("euler", 1, "cosine"), ("heun", 2, "uniform"), ("heun", 2, "cosine")),
-        ("multistep", 3, "cosine"),  # its steps are in the logarithm of the noise, which "uniform" does not refine at 0
+        ("multistep", 3, "cosine"),  # it steps in the logarithm of the noise, which "uniform" does not refine at 0
     ],
 )
 def test_a_solver_follows_the_exact_solution_with_the_error_of_its_order(solver, order, grid):
@@ -148,7 +148,7 @@ def test_the_multistep_solver_is_unipc():
     x, buffer = start, {0: clean(0, start)}
     for i in range(1, 4):
         predicted = step(i, x, buffer, [i - 2] if i > 1 else [])
-        if i == 3:  # its end is not looked at
+        if i == 3:  # the solver does not correct its end
             break
         buffer[i] = clean(i, predicted)
         x = step(i, x, buffer, [i - 2, i] if i > 1 else [i])
@@ -156,8 +156,8 @@ def test_the_multistep_solver_is_unipc():
 
 
 def test_the_multistep_solver_takes_no_slope_from_pure_noise():
-    """There the logarithm of the signal-to-noise ratio has no bound: neither is the first step taken anew, nor does the
-    second extrapolate; but the second one is taken anew."""
+    """There the logarithm of the signal-to-noise ratio has no bound, so the first step is not corrected and the second
+    does not extrapolate. The second step is corrected, however."""
     exact, seen = gaussian_velocity(mean=0.7, std=0.3), []
 
     def velocity(z, t, labels):
@@ -275,7 +275,7 @@ def test_guided_sampling_of_a_known_field():
 
 
 def test_a_known_standard_deviation_spares_the_first_evaluation():
-    """It is where exact velocities of Gaussians lead to, and the grid has as many evaluations as before."""
+    """The first step goes where exact velocities of Gaussians lead, and the number of evaluations stays the same."""
     seen = []
 
     def velocity(z, t, labels):
@@ -295,7 +295,7 @@ def test_a_known_standard_deviation_spares_the_first_evaluation():
 
 @pytest.mark.parametrize("batch_size", [2, 5])
 def test_images_that_the_last_step_changes_are_made_again_in_twice_as_many(batch_size):
-    """Class 1 grows until the end, class 0 does not; image and noise of each stay where they are."""
+    """Class 1 changes until the end, class 0 does not; each image keeps its place and its noise."""
     taken = []
 
     def velocity(z, t, labels):
@@ -346,7 +346,7 @@ def test_images_are_clipped_to_0_1():
 
 @pytest.mark.parametrize(("last", "kept"), [(0.03, 0.58), (0.005, 0.98)])
 def test_what_is_fainter_than_the_last_time_is_lost(last, kept):
-    """Of Gaussian data of standard deviation s, the variance that the last step leaves is s^2 / (s^2 + t^2) of it."""
+    """Of the variance of Gaussian data of standard deviation s, the last step leaves the share s^2 / (s^2 + t^2)."""
     deviation = 0.035
     velocity = gaussian_velocity(0.0, deviation)
     sampler = flow.Sampler(40, 1.0, "multistep", "logit", last=last)
@@ -358,7 +358,7 @@ def test_what_is_fainter_than_the_last_time_is_lost(last, kept):
 
 
 def test_a_first_time_nearer_to_noise_keeps_what_is_rare():
-    """Of images that are bright once in ten times, by the exact velocity of the two Gaussians."""
+    """One image in ten is bright; the velocity is the exact one of the two Gaussians."""
     deviations, shares = torch.tensor([1.0, 12.0], dtype=torch.float64), torch.tensor([0.9, 0.1], dtype=torch.float64)
 
     def velocity(z, t, labels):

@@ -1,4 +1,4 @@
-"""A generator is its network, codec and sampler and what its data was, all of which travels in its checkpoint."""
+"""A generator has a network, a codec, a sampler and a description of its data, and all travel in its checkpoint."""
 
 import numpy as np
 import pytest
@@ -129,7 +129,7 @@ def test_a_description_that_does_not_fit_together_is_one_line(wrong):
 
 
 def test_a_transformer_of_one_token_loads_as_the_mlp_that_it_is():
-    """With the images, and the velocities, that it gave when attention and position were still there."""
+    """It gives the same images and velocities as it did with attention and position."""
     path = DATA / "one_token_transformer.pt"
     expected, model = load_checkpoint(path), load_model(path, "cpu")
     assert type(model.network) is ComponentMLP
@@ -138,7 +138,7 @@ def test_a_transformer_of_one_token_loads_as_the_mlp_that_it_is():
     assert model.sampler == flow.Sampler(3, 1.5, "multistep", "logit", 0.04)
     velocity = model(expected["z"].flatten(1), expected["t"], expected["labels"])
     torch.testing.assert_close(velocity, expected["velocity"].flatten(1), atol=1e-5, rtol=1e-5)
-    images = model.double().generate(torch.arange(6) % 3, seed=5)  # in float32 the last digits are those of the torch
+    images = model.double().generate(torch.arange(6) % 3, seed=5)  # float32's last digits depend on torch's version
     images = torch.nn.functional.avg_pool2d(images, 8).float()
     torch.testing.assert_close(images, expected["expected_images"], atol=1e-5, rtol=0)
 
@@ -192,7 +192,7 @@ def test_every_size_is_built_for_any_classes_channels_and_pixels(name):
 
 
 def test_a_classifier_takes_any_number_of_channels():
-    """Of one and of three with ImageNet's first layer; of others with a layer of its own."""
+    """For one and three channels it has ImageNet's first layer; for other numbers, one of its own."""
     for channels in (1, 3, 5):
         model = build_classifier(32, ("a", "b"), channels).eval()
         probabilities, features = classify(model, torch.rand(4, channels, 16, 16), show_progress=False)

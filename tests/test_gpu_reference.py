@@ -1,4 +1,4 @@
-"""What can be tried of the reference run without a GPU: its arithmetic, its average, and a run of a tiny network."""
+"""The reference run, as far as it can be tried without a GPU: its arithmetic, its average, a run of a tiny network."""
 
 import json
 import time
@@ -37,14 +37,14 @@ def tiny_runs(minutes):
 
 
 def begin_soon(threads, begin=background._begin):
-    """The first that a scoring process does."""
+    """What a scoring process does first: here, its networks also learn little."""
     learn_little()
     begin(threads)
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """Sets the constants of the script for seconds of a tiny network on a CPU, and others where they are given."""
+    """Sets the constants of the script for seconds of a tiny network on a CPU, and any others that are given."""
 
     def prepare(**constants):
         minutes = constants.pop("minutes", 0.05)

@@ -33,7 +33,7 @@ class Bomb:
         return (open, ("bombed", "w"))
 
 
-# In place of images of cdm
+# What takes the place of images of cdm
 
 
 def npy(array, **kwargs) -> bytes:
@@ -123,7 +123,7 @@ def put(path: Path, what) -> None:
 
 
 def one_line(capsys, script, *flags) -> str:
-    """The line that a script ends with, of a status that is not 0 and without a traceback."""
+    """The lines that a script ends with; its status must not be 0, and it must show no traceback."""
     with pytest.raises(SystemExit) as ended:
         run_script(script, *flags)
     assert ended.value.code not in (0, None)
@@ -141,7 +141,7 @@ def state_of(folder: Path) -> dict:
 def test_all_bad_files_are_named_by_training_and_by_classification(
     rows, data_copy, classifier, tmp_path, monkeypatch, capsys
 ):
-    """In two halves: of more than 20, training names no more."""
+    """The files are tested in two halves, because training names at most 20 bad files."""
     monkeypatch.chdir(tmp_path)
     paths = [data_copy / "cdm" / f"{i}.npy" for i in range(48)][-len(rows) :]  # behind sound ones
     for path, (_, what, _) in zip(paths, rows, strict=True):
@@ -284,7 +284,7 @@ def test_a_bad_data_folder_is_named(script, change, complaint, data_copy, tmp_pa
 
 @pytest.mark.parametrize("change", ["a missing class", "a class too many", "another size"])
 def test_data_that_a_checkpoint_does_not_know_are_named(change, data_copy, checkpoint, classifier, tmp_path, capsys):
-    """For training they are simply other data."""
+    """Training would simply take them as other data."""
     if change == "a missing class":
         shutil.rmtree(data_copy / "axion")
     elif change == "a class too many":
@@ -303,7 +303,7 @@ def test_data_that_a_checkpoint_does_not_know_are_named(change, data_copy, check
         assert f"{classifier} is of the classes axion, cdm, no_sub" in line
         assert f"{data_copy} of the classes {', '.join(found.classes)}" in line
     assert not (tmp_path / "g").exists()
-    given = NpyDataset(data_copy, classes=CLASSES, on_missing_class="go_on")  # one too many is left alone
+    given = NpyDataset(data_copy, classes=CLASSES, on_missing_class="go_on")  # an extra class is ignored
     assert given.classes == CLASSES
     assert len(given) == (96 if change == "a missing class" else 144)
 
@@ -339,7 +339,7 @@ def of_classes(*names) -> bytes:
 
 
 def older(**changes) -> bytes:
-    """A checkpoint as it was when it did not say what its data was."""
+    """A checkpoint of an older version, which did not say what its data was."""
     content = network()
     config = content["model_config"] | {"prediction": "image"} | changes
     return archive(model_state_dict=content["model_state_dict"], model_config=config)
@@ -447,7 +447,7 @@ def test_a_bad_checkpoint_harms_nothing_written(content, lens_data, classifier, 
 
 
 def test_the_sound_ones_of_these_checkpoints_load(tmp_path):
-    """So that each of them is refused for what its name says."""
+    """This shows that each bad one is refused for what its name says."""
     path = tmp_path / "good.pt"
     for content in (archive(**network()), with_config(), older(), components()):
         path.write_bytes(content)

@@ -22,7 +22,7 @@ PINNED = {  # sky noise in counts per second a pixel, and total exposure, by han
 
 
 def sharp(instrument: Instrument, pixel_scale: float = 0.1) -> Observation:
-    """An observation of images that are as blurred as the telescope would make them."""
+    """An observation of images that already have the blur of the telescope."""
     return Observation(instrument, pixel_scale, instrument.psf_fwhm)
 
 
@@ -37,7 +37,7 @@ def test_the_noise_has_the_pinned_numbers(name):
 
 @pytest.mark.parametrize("gain", [1.0, 2.5])
 def test_the_noise_is_lenstronomys_in_mean_and_variance(gain):
-    """10,000 draws each of a ramp of brightness, also below zero."""
+    """10,000 draws at each of 16 levels of brightness, some below zero."""
     instrument = Instrument(2, 300, 22.0, 24.5, 5.0, 0.2, 0.1, gain)
     light, draws = np.linspace(-0.05, 2, 16).reshape(4, 4), 10_000
     band = SingleBand(0.1, 300, 24.5, 5.0, gain, 22.0, 0.2, 2, data_count_unit="ADU")
@@ -106,7 +106,7 @@ def test_a_dataset_is_seen_and_stays_what_it_was(lens_data):
 
 
 def test_published_images_are_as_bright_as_those_made_here(lens_data):
-    """Though their counts are of another zero point, which nothing in their folder says."""
+    """Their counts have another zero point, which nothing in their folder says."""
     published, here = NpyDataset(Path(__file__).parent / "data" / "published_format"), NpyDataset(lens_data)
     ratio = np.median(here.high) / np.median(published.high)
     assert ratio == pytest.approx(10 ** (0.4 * 1.72), rel=0.15)

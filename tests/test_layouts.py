@@ -26,13 +26,13 @@ RANDOM = np.random.default_rng(0)
 
 
 def some_images(count: int, channels: int = 1, size: int = 16) -> np.ndarray:
-    """(count, channels, size, size) of whole numbers, each image of a range of its own, exact in every format."""
+    """Images (count, channels, size, size) of whole numbers, exact in every format; each has a range of its own."""
     scale = RANDOM.integers(20, 200, (count, 1, 1, 1))
     return (scale * RANDOM.integers(1, 100, (count, channels, size, size)) - 300).astype("i2")
 
 
 def split_by_hash(name: str) -> str:
-    """As the published splits are: 70% train, 15% val, 15% test of SHA-256, of the name alone."""
+    """The published split, by the SHA-256 hash of the name alone: 70% train, 15% val, 15% test."""
     part = int(hashlib.sha256(name.split("/")[-1].encode()).hexdigest()[:16], 16) / 16**16
     return "train" if part < 0.7 else "val" if part < 0.85 else "test"
 
@@ -59,11 +59,11 @@ def check(root: Path, expected: dict[str, tuple[str, str, np.ndarray]], classes:
     return data
 
 
-# Layouts: [split/][class/]file, where the images that go to one file make a stack
+# Layouts: [split/][class/]file; images written to the same file make a stack
 
 IN_SPLITS = ("train/", "val/", "test/")
 LAYOUTS = {
-    # title: (path of an image, places, which are folders of splits or beside the root, axes of an array)
+    # title: (path of an image, values of {place}: folders of splits or beside the root, axes of an array)
     "class folders": ("{place}{of}/{k}.npy", [""], "s s"),
     "given splits": ("{place}{of}/{k}.npy", IN_SPLITS, "c s s"),
     "validation": ("{place}{of}/{k}.npy", ("train/", "validation/", "test/"), "s s"),
@@ -312,7 +312,7 @@ def in_class(name, content):
 
 
 class Bomb:
-    """Pickled, it asks for a function call."""
+    """Loading its pickle calls a function."""
 
     def __reduce__(self):
         return os.mkdir, ("bombed",)
@@ -529,7 +529,7 @@ def test_packing_takes_the_memory_of_a_few_images(how, tmp_path, monkeypatch, ca
     if how == "nowhere to write":
         read_only = PermissionError(13, "Permission denied")
         monkeypatch.setattr(dataset, "save_array", lambda *args: (_ for _ in ()).throw(read_only))
-    NpyDataset(tmp_path, on_bad_file="skip")  # what is imported and kept once is
+    NpyDataset(tmp_path, on_bad_file="skip")  # now all that is imported and kept once is there
     for cache in tmp_path.glob(".lens*"):
         cache.unlink()
     tracemalloc.start()
@@ -539,7 +539,7 @@ def test_packing_takes_the_memory_of_a_few_images(how, tmp_path, monkeypatch, ca
     finally:
         tracemalloc.stop()
     held = len(images) * 4 * 256**2
-    assert peak < held / 4  # 4 MB of 17; an image, its float64 and what they are sorted in take 2
+    assert peak < held / 4  # 4 MB of 17; an image, its float64 copy and its sorted copy take 2
     for i in (0, 63):
         values = images[int(re.findall(r"\d+", data.files[i])[0])].astype(float)
         np.testing.assert_allclose(data.images[i], (values - values.min()) / np.ptp(values), atol=1e-6)
@@ -567,7 +567,7 @@ def test_stacks_and_labels_are_classified_image_by_image(classifier, tmp_path, c
     lines = classified(tmp_path)
     assert [line.split()[1:] for line in lines[1:19]] == [line.split()[1:] for line in alone[1:19]]
     assert [line.split()[0] for line in lines[19:38]] == ["more/one.fits", *(f"more/images.npz#{k}" for k in range(18))]
-    assert lines[19].split()[1:] == lines[25].split()[1:]  # an image is called the same in both
+    assert lines[19].split()[1:] == lines[25].split()[1:]  # the same image gets the same class in both
     assert [re.sub(": .*%", "", line) for line in lines[38:]] == [
         "Accuracy on axion of 9",
         "Accuracy on cdm of 18",

@@ -148,7 +148,7 @@ def test_a_patch_larger_than_the_image_is_refused():
 
 
 def test_patches_that_do_not_tile_an_image_see_nothing_beyond_it():
-    """A network of patches of 3 on 8 pixels is that on 9, of which the last row and column are empty."""
+    """A network with patches of 3 sees an image of 8 pixels as one of 9 whose last row and column are empty."""
     torch.manual_seed(0)
     narrow, wide = (NanoDiT(**SMALL | {"patch_size": 3, "input_size": size}).eval() for size in (8, 9))
     for parameter in wide.parameters():

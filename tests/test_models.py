@@ -30,14 +30,14 @@ CAMERAS = {"I": (150, 0.05, 0.087, 3), "II": (64, 0.101, 0.16, 5), "III": (64, 0
 
 
 def scale_of(h0=69.7, om0=0.2814, ob0=0.0464):
-    """What deflections for a source at redshift 2.5 are multiplied by for one at 1."""
+    """The factor that turns deflections of a source at redshift 2.5 into those of a source at redshift 1."""
     cosmology = FlatLambdaCDM(H0=h0, Om0=om0, Ob0=ob0)
     lens, source, convention = cosmology.comoving_distance([0.5, 1.0, 2.5]).value
     return (source - lens) / source / ((convention - lens) / convention)
 
 
 def by_hand(model, row, scale=None):
-    """The noise-free image of a row: flux a pixel, for a total flux of the source of 1, or for an amplitude of 20."""
+    """The noise-free image of a row, in flux a pixel, for a source of total flux 1 or of amplitude 20."""
     pixels, width, fwhm, end = CAMERAS[model]
     scale = scale or (1.0 if model == "I" else scale_of())
     axis = (np.arange(pixels) - (pixels - 1) / 2) * width
@@ -292,7 +292,7 @@ def test_the_lens_equation_is_asked_of_the_smooth_lens_of_model_ii_alone(simulat
 
 
 def test_generated_images_are_measured_by_the_recipe_of_the_real_ones(simulate, tmp_path):
-    """Of which their own folder, without a recipe.json, knows nothing."""
+    """Their own folder has no recipe.json, so it does not know the recipe."""
     flags = ["--num_per_class", 2]
     real, lens = NpyDataset(simulate("real", *flags, "--model", "III")), NpyDataset(simulate("II", *flags))
     (tmp_path / "II" / "recipe.json").unlink()
@@ -339,7 +339,7 @@ def galaxies(tmp_path_factory):
 
 @pytest.fixture
 def few_haloes(monkeypatch):
-    """Cold haloes in the middle of the image alone: the others take most of half a minute an image."""
+    """Leaves only the cold haloes in the middle of the image: the others take most of half a minute an image."""
     monkeypatch.setattr(model_iv, "_CONE", 1)
     model_iv._populations.cache_clear()
     yield
@@ -397,7 +397,7 @@ def test_images_of_model_iv_are_those_worked_out_by_hand_but_for_the_haloes(gala
             sigma = np.sqrt(0.00587**2 + expected / 2260) / peak
             there = (expected / peak > 5 * sigma) & (expected < 0.2 * peak)
             assert (noise / sigma)[there].std() == pytest.approx(1, abs=0.1)
-        else:  # haloes are there, and small
+        else:  # haloes have an effect, and a small one
             assert 1e-4 < difference.max() < 0.35
             assert difference.mean() < 0.01
 
@@ -443,7 +443,7 @@ def test_what_pyhalo_keeps_of_one_cosmology_is_not_taken_for_another():
 def test_cold_haloes_do_not_depend_on_earlier_ones_to_the_last_digit(monkeypatch):
     monkeypatch.setattr(model_iv, "_CONE", 2)
     model_iv._populations.cache_clear()
-    seeds = (4, 2, 1, 4)  # in whose order pyHalo left to itself gives others
+    seeds = (4, 2, 1, 4)  # in this order, pyHalo left to itself gives different haloes
     first, *_, again = (model_iv._lens({"class": "cdm", "halo_seed": seed}, MODELS["IV"]) for seed in seeds)
     model_iv._populations.cache_clear()
     assert len(first[0]) > 20

@@ -1,4 +1,4 @@
-"""Noise is told from light, and that of generated images is distributed as that of the images it was learned from."""
+"""Noise is told from light, and the noise of generated images has the distribution that it was learned from."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def smooth_images(n: int, seed: int = 0, channels: int = 1) -> torch.Tensor:
 
 
 def noise_of(kind: str, light: torch.Tensor, seed: int) -> torch.Tensor:
-    """Light as a detector sees it; how noisy an image is differs by a factor of two."""
+    """Light as a detector sees it; the noise levels of the images differ by a factor of two."""
     generator = torch.Generator().manual_seed(seed)
     level = SKY * (0.7 + 0.7 * torch.rand(len(light), 1, 1, 1, generator=generator))
     white = torch.randn(light.shape, generator=generator)
@@ -73,7 +73,7 @@ def test_noise_of_generated_images_is_that_of_others_of_the_same_kind(codec_and_
 
 @pytest.mark.parametrize(("deviation", "noisy"), [(0.0, False), (0.0006, True), (0.003, True)])
 def test_the_faint_noise_of_a_telescope_is_found_and_clean_light_has_none(deviation, noisy):
-    """From that of Hubble on, 0.06% of the peak; components hold some of it, but not what is in the sky."""
+    """Noise is found from the level of Hubble on, 0.06% of the peak; components hold some of it, but not the sky's."""
     light = smooth_images(1500)
     light = light + deviation * torch.randn(light.shape, generator=torch.Generator().manual_seed(0))
     assert PrincipalComponents.fitted(2 * normalize(light) - 1, 48).config == ({"noisy": True} if noisy else {})
@@ -108,7 +108,7 @@ def test_noise_within_the_components_does_not_come_twice(codec_and_images):
 
 @pytest.mark.parametrize(("size", "most"), [(16, 1.3), (100, 1.4)])
 def test_components_are_not_fitted_to_the_noise_of_their_images(size, most):
-    """Their variance over other images is as large."""
+    """Components have about the same variance over other images as over those they were fitted to."""
     images = 2 * normalize(noise_of("clipped", smooth_images(500), seed=1)) - 1
     codec = PrincipalComponents.fitted(images[:250], size)
     fitted, other = (codec.encode(part)[:, :-3].var(0) for part in images.split(250))
@@ -123,7 +123,7 @@ def test_components_are_not_fitted_to_the_noise_of_their_images(size, most):
 def test_clean_images_are_not_taken_for_noisy_ones(channels):
     images = 2 * smooth_images(600, channels=channels) - 1
     assert PrincipalComponents.fitted(images, 32).config == {}
-    assert PrincipalComponents.fitted(images, 4).config == {}  # what few components leave over is no noise
+    assert PrincipalComponents.fitted(images, 4).config == {}  # what so few components leave over is not noise
 
 
 def test_every_channel_has_noise_of_its_own():
@@ -151,7 +151,7 @@ def test_a_noisy_image_depends_on_seed_and_number_alone():
 
 
 def test_the_brightest_pixel_is_a_coefficient_too(codec_and_images):
-    """So that no image is brighter than real ones because its noise is scaled by another peak."""
+    """Without it, an image could be brighter than real ones because its noise is scaled by another peak."""
     codec, images = codec_and_images
     coefficients = codec.encode(2 * images - 1)
     light = _light(2 * images - 1)
@@ -186,7 +186,7 @@ def test_noise_levels_and_peaks_that_no_image_has_spoil_none(codec_and_images):
 
 @pytest.mark.parametrize("size", [100, 300, 1000])
 def test_as_many_components_as_pixels_leave_noise_to_be_learned(size, kind):
-    """Noisy images keep three pixels in four for the law of their noise; clean ones may have all of their pixels."""
+    """Noisy images get at most one component for four pixels, to leave noise; clean ones may get one for each pixel."""
     light = smooth_images(1200)
     codec = PrincipalComponents.fitted(2 * normalize(noise_of(kind, light, seed=1)) - 1, size)
     assert codec.config == {"noisy": True}

@@ -1,4 +1,4 @@
-"""Obedience is measured against closed forms: a generator that draws the very lens, and others that do not."""
+"""Obedience is checked on generators with known errors: one that draws the very lens, and others that do not."""
 
 import json
 import re
@@ -29,7 +29,7 @@ ALL = (X, ANGLE, MASS)
 
 
 def draw(phases: torch.Tensor) -> torch.Tensor:
-    """A spot at x, as bright in its second row as the angle says, and as high as the mass; 0 stands for unknown."""
+    """A spot at x, with pixels for cosine and sine of the angle and for the mass; 0 stands for unknown."""
     x, angle, mass = (phases.double().nan_to_num(0)[:, i] for i in range(3))
     columns = torch.arange(16.0, dtype=torch.double)
     light = torch.exp(-((columns - (7 + 4 * x)[:, None]) ** 2) / 4)
@@ -37,7 +37,7 @@ def draw(phases: torch.Tensor) -> torch.Tensor:
     images[:, 0, 4:7] = light[:, None]
     images[:, 0, 10, 0], images[:, 0, 10, 1] = 0.5 + 0.5 * angle.cos(), 0.5 + 0.5 * angle.sin()
     images[:, 0, 12, 0] = 0.5 + 0.2 * mass
-    images[:, 0, 15, 15] = 1  # so that nothing is scaled when it is read
+    images[:, 0, 15, 15] = 1  # the peak is always 1, so that reading does not rescale
     return images.float()
 
 
@@ -58,7 +58,7 @@ class Reader:
 
 
 class Drawer:
-    """A generator that draws what it is asked for, and what it is not asked for as in the data, or as ``how`` says."""
+    """A generator that draws what is asked for; all else is as in the data. ``how`` names other behaviour."""
 
     classes, lens_parameters, how, scaling = ("a", "b"), ALL, "right", Scaling()
 
@@ -154,7 +154,7 @@ def test_images_that_keep_their_flux_are_compared_in_the_unit_of_the_data(tmp_pa
     low, high = torch.from_numpy(images.low), torch.from_numpy(images.high)
 
     class Exact(Drawer):
-        """Draws the very images, in the range of its scaling, or by a hundredth too bright."""
+        """Draws the very images in the range of its scaling, exactly or one percent too bright."""
 
         lens_parameters, factor = (parameter(name="x", classes=("a", "b")), parameter(name="y", classes=("a",))), 1.0
 
@@ -179,7 +179,7 @@ def test_images_that_keep_their_flux_are_compared_in_the_unit_of_the_data(tmp_pa
 
 
 def test_what_does_not_vary_is_left_out(drawn, tmp_path):
-    """Of a parameter that test images have once, or always alike, neither R^2 nor a correlation can be said."""
+    """A parameter that is known of one test image, or is the same in all, has neither R^2 nor a correlation."""
     shutil.copytree(drawn.root_dir, tmp_path / "alike")
     rows = (tmp_path / "alike" / "parameters.csv").read_text().splitlines()
     alike = [",".join(["", "6.5", *row.split(",")[2:]]).replace("", row.split(",")[0], 1) for row in rows[1:]]
@@ -221,14 +221,14 @@ def test_recovery_is_that_of_the_formulas():
     # A phase is half the distance from the mean in standard deviations
     assert (x["bias"], x["scatter"]) == pytest.approx((0.1 * 4, 0.05 * 4), rel=0.03)
     assert x["r2"] == pytest.approx(1 - (0.1**2 + 0.05**2) / 0.25, abs=0.01)
-    assert (angle["bias"], angle["scatter"]) == pytest.approx((0.2 / 2, 0.1 / 2), rel=0.03)  # of a period of pi
+    assert (angle["bias"], angle["scatter"]) == pytest.approx((0.2 / 2, 0.1 / 2), rel=0.03)  # its period is pi
     assert angle["r2"] == pytest.approx(2 * np.exp(-0.005) * np.cos(0.2) - 1, abs=0.01)
     assert mass["r2"] == pytest.approx(0.75, abs=0.02)
     assert mass["count"] == 2500
     turned = recovery(asked + 2 * np.pi).table()["angle"]
     assert (turned["r2"], turned["bias"]) == pytest.approx((1, 0), abs=1e-9)
     unsure = recovery(read)
-    unsure.outputs[:, 1:3] *= 0.01  # the mean of all, whatever the angle, explains nothing
+    unsure.outputs[:, 1:3] *= 0.01  # reading the mean of all, whatever the angle, explains nothing
     assert unsure.table()["angle"]["r2"] == pytest.approx(0.02, abs=0.01)
 
 
@@ -314,7 +314,7 @@ def test_a_parameter_that_no_validation_image_has_is_refused_before_training(dra
 
 
 def test_a_regressor_of_a_handful_of_images_says_that_nobody_can_say(drawn, tmp_path, undrawn, capsys):
-    """Nor does the last part of them, of one image, stop batch normalization."""
+    """A last batch of a single image does not stop batch normalization, either."""
     for name in ("a", "b"):
         (tmp_path / "few" / name).mkdir(parents=True)
         for k in range(20):

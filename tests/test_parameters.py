@@ -1,4 +1,4 @@
-"""Physical parameters are read from tables, pickled files and headers, and become what a network sees and back."""
+"""Physical parameters are read from tables, pickled files and headers, and turned into what a network sees and back."""
 
 import warnings
 
@@ -150,7 +150,7 @@ def test_a_table_of_other_images_is_said_and_left_out_where_nothing_is_trained(t
 
 
 def write_headers(root, *cards):
-    """A FITS file a/k.fits for each card of PHI, which is a value, or one with its comment."""
+    """A FITS file a/k.fits for each PHI card, given as a value, or as a value with a comment."""
     (root / "a").mkdir()
     for k, card in enumerate(cards):
         header = fits.Header()
@@ -328,14 +328,14 @@ def test_the_same_mass_has_the_same_phase_whichever_subhalo_has_it():
     masses = np.sort(10 ** random.uniform(8, 10, (2, 500)), 0)
     columns = {"halo_mass_1": Column(masses[1], "solMass"), "halo_mass_2": Column(masses[0], "solMass")}
     columns |= {f"halo_x_{i}": Column(random.normal(i, i, 500), "arcsec") for i in (1, 2)}
-    columns |= {f"gamma_{i}": Column(random.normal(i, i, 500)) for i in (1, 2)}  # of the lens: no two of a kind
+    columns |= {f"gamma_{i}": Column(random.normal(i, i, 500)) for i in (1, 2)}  # the lens's: not two objects of a kind
     columns["halo_mass_1"].values[:5] = np.nan
     found = fit(tuple(columns), columns, ["a"] * 500)
     known = np.log10(np.concatenate([masses[1][5:], masses[0]]))
     for of in found[:2]:
         assert of.scale == "log10"
         assert (of.mean, of.deviation) == pytest.approx((known.mean(), known.std()))
-    assert found[0].low > found[1].low  # each is warned of by its own range
+    assert found[0].low > found[1].low  # each one warns by its own range
     assert found[2].phase(1.5) == found[3].phase(1.5)
     assert found[4].phase(1.5) != found[5].phase(1.5)
     assert found[5].mean == pytest.approx(columns["gamma_2"].values.mean())
@@ -383,7 +383,7 @@ def test_parameters_of_one_number_are_of_one_object_beside_the_lens_and_objects_
 
 
 def test_numbers_without_a_mass_have_a_meaning_of_their_own():
-    """gamma_1 and gamma_2 are no two objects of a kind, which could change places."""
+    """gamma_1 and gamma_2 are not two objects of a kind, which could change places."""
     names = ("gamma_1", "gamma_2", "halo_mass_1", "halo_mass_2", "centre_0", "centre_1")
     assert objects([parameter(name=name) for name in names]) == [[[4, 5, 0, 1]], [[2, 4, 5, 0, 1], [3, 4, 5, 0, 1]]]
     assert objects([parameter(name=name) for name in ("mass_1", "x_1", "mass_2", "x_2")]) == [[[0, 1], [2, 3]]]
@@ -412,7 +412,7 @@ def test_what_is_asked_for_is_a_number_or_one_for_each_image():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = asked(KNOWN, {"x": 0.5, "mass": [1e-23, 1e-22], "angle": 6.5 - 4 * np.pi}, 2, "a")
-        assert asked(KNOWN, {"x": 1.0001}, 1, "a")["x"].tolist() == [1.0001]  # as near to the range as chance is
+        assert asked(KNOWN, {"x": 1.0001}, 1, "a")["x"].tolist() == [1.0001]  # just outside the range, as by chance
     np.testing.assert_allclose([*found.values()], [[0.5, 0.5], [1e-23, 1e-22], [6.5 - 4 * np.pi] * 2])
     assert np.isnan([*asked(KNOWN, None, 3, "a").values()]).all()
     assert phases(KNOWN, found).shape == (2, 3)
@@ -486,7 +486,7 @@ def test_a_folder_in_other_units_is_a_warning(tmp_path):
     assert warned(lambda u: "" if u else 5, mass, lambda u: 6 * u)[0].startswith(
         "100% of its values are outside what is"
     )
-    assert warned(lambda u: 2 * u - 1 + 3 * (u == 0), mass, lambda u: "") == []  # one of 40
+    assert warned(lambda u: 2 * u - 1 + 3 * (u == 0), mass, lambda u: "") == []  # only one value of 40 is outside
     found = warned(lambda u: 1000 * (2 * u - 1), lambda u: -24 + 2 * u, lambda u: 359 * u)
     ends = ["98% of its values are outside what is known of x, -1 to 1 arcsec"]
     ends += ["100% of its values are outside what is known of mass, 1e-24 to 1e-22 eV"]

@@ -44,7 +44,7 @@ def test_bands_reach_to_the_smallest_scales_of_an_image_of_any_size(size, edges)
 
 @pytest.mark.parametrize(("size", "channels"), [(32, 1), (75, 1), (128, 3), (150, 16)])
 def test_a_ring_is_as_wide_in_any_number_of_pixels_and_channels(size, channels):
-    """Of other data lengths are in pixels; several channels count as their mean."""
+    """For data without a recipe, lengths are in pixels; several channels count as their mean."""
     axis = np.arange(size) - (size - 1) / 2
     radius = np.hypot(axis[:, None], axis[None])
     ring = np.exp(-((radius - 0.3 * size) ** 2) / (2 * (0.05 * size) ** 2))
@@ -60,7 +60,7 @@ def test_the_pixel_scale_is_that_of_the_recipe_or_one():
         return SimpleNamespace(classes=classes, image_shape=shape, root_dir="nowhere", pixel_scale=pixel_scale)
 
     assert scale_of(images(MODEL_II.classes, MODEL_II.image_shape)) == (0.101, "arcsec")
-    assert scale_of(images(MODEL_II.classes, MODEL_II.image_shape, 0.05)) == (0.05, "arcsec")  # of a FITS header
+    assert scale_of(images(MODEL_II.classes, MODEL_II.image_shape, 0.05)) == (0.05, "arcsec")  # from a FITS header
     for classes, shape in ((("cdm", "wdm"), (1, 64, 64)), (MODEL_II.classes, (1, 128, 128))):
         assert recipe_of(classes, shape) is None
         assert scale_of(images(classes, shape)) == (1.0, "pixels")
@@ -147,7 +147,7 @@ def test_nothing_fits_noise():
 
 
 def test_flux_is_that_of_the_files():
-    """Of images of a sky of 100 with a square of 9 pixels of 50 above it, written as they are scaled."""
+    """Images have a sky of 100 and a square of 9 pixels 50 or 80 above it; they are given scaled to [0, 1]."""
     raw = torch.full((2, 1, 16, 16), 100.0)
     raw[:, :, 4:7, 4:7] += torch.tensor([50.0, 80.0]).view(2, 1, 1, 1)
     low, high = raw.amin((1, 2, 3)).double(), raw.amax((1, 2, 3)).double()

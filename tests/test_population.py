@@ -1,4 +1,4 @@
-"""What nobody asks for is that of a training lens, and fits what is asked for."""
+"""Parameters that nobody asks for are those of a training lens, and fit those that are asked for."""
 
 import math
 
@@ -19,7 +19,7 @@ LINEAR = parameter(name="a"), parameter(name="b"), parameter(name="c")
 
 
 def normal(n, *columns, seed=0):
-    """Columns of independent normal numbers, by their deviations."""
+    """Columns of independent normal numbers, with these standard deviations."""
     return torch.randn(n, len(columns), generator=torch.Generator().manual_seed(seed)) * torch.tensor(columns)
 
 
@@ -95,7 +95,7 @@ def test_what_follows_from_others_follows_and_angles_count_by_their_waves():
 
 
 def test_a_lens_that_is_filled_in_is_possible_wherever_it_is_asked_for_within_the_range():
-    """Masses of heavy tails and their sum, by which a straight line would give negative ones."""
+    """Masses with heavy tails and their sum: a straight line fitted to them would give negative masses."""
     masses = (10 ** normal(5000, 0.4, 0.4, 0.4)).sort(1, descending=True).values
     columns = torch.cat([masses, masses.sum(1, keepdim=True)], 1)
     known = [

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def final(run):
-    """The last checkpoint of a run, but for the settings, which name its folder."""
+    """The last checkpoint of a run, without the settings, which name its folder."""
     content = load_checkpoint(run / "dit_conditional_ckpts" / "dit_conditional_final.pt")
     del content["settings"], content["run"]
     return content
@@ -57,7 +57,7 @@ def test_a_run_killed_anywhere_and_resumed_ends_bit_for_bit_as_one_that_was_not(
 
 
 def at_step(step, do):
-    """A loss that does something to the velocity in a step, of 7 an epoch."""
+    """A replacement of flow.to_velocity that applies ``do`` to the velocity of one training step, of 7 an epoch."""
     calls = []
 
     def to_velocity(*args, original=flow.to_velocity):
@@ -139,7 +139,7 @@ def test_the_newest_checkpoint_is_that_of_most_steps_whatever_the_time_of_the_fi
 
 
 def test_within_an_epoch_too_and_with_batches_of_any_size(train, monkeypatch, tmp_path, capsys):
-    """Step 12 of 7 an epoch is farther than step 20 of 14 an epoch."""
+    """Step 12, with 7 an epoch, is farther than step 20, with 14 an epoch."""
     for steps, size in ((12, 16), (20, 8)):
         with monkeypatch.context() as patch:
             patch.setattr(flow, "to_velocity", at_step(steps + 1, signalled(signal.SIGTERM)))
@@ -317,7 +317,7 @@ def test_other_images_are_named(train, data_copy, capsys):
 
 
 def test_the_loss_of_an_epoch_is_that_of_its_images_whatever_the_batches(train, monkeypatch, tmp_path):
-    """Seven steps of 15 or 16 images, of which three are done with a loss of 1; the rest has 2, in batches of 8."""
+    """Three of seven steps of 15 or 16 images have a loss of 1; then, in batches of 8, the rest has a loss of 2."""
     value = [1.0]
     monkeypatch.setattr(flow, "objective", lambda network, z, noise, *args: network(z, *args[:2]).sum() * 0 + value[0])
     with monkeypatch.context() as patch:
@@ -335,7 +335,7 @@ def test_the_loss_of_an_epoch_is_that_of_its_images_whatever_the_batches(train, 
 
 
 def test_a_run_of_any_length_loses_minutes_at_most(train, monkeypatch):
-    """With a clock that ticks half a minute a step, over 4 epochs of 7 steps without a checkpoint of their own."""
+    """The clock ticks half a minute a step; there are 4 epochs of 7 steps, without a checkpoint for each epoch."""
     clock, saved = [0.0], []
     monkeypatch.setattr("train.run.time.monotonic", lambda: clock[0])
 
@@ -499,7 +499,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_previous_checkpoint_whol
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
 def test_a_loss_that_is_lost_ends_the_run_with_the_checkpoint_of_a_sound_one(train, monkeypatch, tmp_path, value):
-    """That of step 5 is lost: the weights that it was computed with, those of step 4, are not kept."""
+    """Step 5 has a lost loss, so the weights that it was computed with, those after step 4, are not kept."""
     with monkeypatch.context() as patch:
         patch.setattr(flow, "to_velocity", at_step(5, lambda velocity: velocity * value))
         found = r"step 5: loss \S+( and gradient norm \S+)?, where an untrained network has a loss of \S+\. "
@@ -514,7 +514,7 @@ def test_a_loss_that_is_lost_ends_the_run_with_the_checkpoint_of_a_sound_one(tra
 
 @pytest.mark.parametrize("minutes", [0, 3])
 def test_a_run_that_diverges_goes_on_when_its_advice_is_followed(train, capsys, minutes):
-    """However often it takes: from checkpoints of every step, and anew where there is none yet."""
+    """The advice is followed as often as needed: with a checkpoint of every step, or from the start without any."""
     rate = 1e3
     for _ in range(25):
         try:
@@ -561,7 +561,7 @@ def test_weights_worse_than_untrained_ones_are_no_checkpoint_of_an_epoch(train, 
         return 200 * found if to_be_saved and (len(history_of(tmp_path / "run")) == 4) == last else found
 
     monkeypatch.setattr(train_diffusion, "validation_loss", bad_weights)
-    if last:  # the one of before is not lost
+    if last:  # the earlier checkpoint is kept
         with pytest.raises(settings.InputError, match=r"Halve .* which goes on from \S+epoch_2.pt"):
             train()
     else:
@@ -666,7 +666,7 @@ def test_accumulating_keeps_the_effective_batch(straight, train, parts):
 
 @pytest.mark.parametrize("steps", [2000, pytest.param(20000, marks=pytest.mark.long)])
 def test_memory_and_open_files_do_not_grow(lens_data, tmp_path, steps):
-    """In a process of its own, from step 1000 on: then it has done all there is to do."""
+    """In a process of its own, from step 1000 on: by then it has done everything that it does once."""
     context = forkserver()
     receiver, sender = context.Pipe()
     flags = [*map(str, TINY_TRAINING), "--data_dir", str(lens_data), "--output_dir", str(tmp_path)]

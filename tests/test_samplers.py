@@ -43,7 +43,7 @@ def test_guidance_on_the_whole_interval_is_that_of_the_sampler(checkpoint):
 
 @pytest.mark.parametrize("kind", ["noisy", "told"])
 def test_with_guidance_or_without_the_images_are_those_of_the_generator(kind):
-    """Their noise, and what they are not asked for, included."""
+    """This includes their noise, and the parameters that are not asked for."""
     if kind == "told":
         model = load_model(ROOT / "weights" / "conditional_mlp.safetensors", "cpu")
     else:

@@ -56,7 +56,7 @@ def fires(metric):
 
 
 def one_or_two_images(metric):
-    """No farther from the floor than one or two images take a share; its deviation can be zero, of so few."""
+    """At most as far from the floor as two images change a share; with so few, the standard deviation can be zero."""
     return abs(metric["value"] - metric["floor"]) <= 2 / COUNT
 
 
@@ -97,7 +97,7 @@ def test_values_are_on_the_right_side(metrics):
 
 @pytest.mark.parametrize("name", ["frechet_lens", "kid_lens", "precision", "recall", "coverage", "lens_residual"])
 def test_what_cannot_show_the_failure_stays_silent(metrics, name):
-    """Copies are real images, and swapped classes are the right images overall: that takes the metrics above."""
+    """Copies are real images, and swapped classes are right overall: only the metrics above can catch them."""
     for broken in ("copies", "swapped"):
         metric = metrics[broken][name]["overall"]
         assert not fires(metric) or one_or_two_images(metric), metric
@@ -158,7 +158,7 @@ def test_the_verdict_says_when_the_classifier_knows_nothing_of_the_images(scored
         ("frechet_lens", 0.5, 1.0, 0.001, "at the floor"),  # better
         ("frechet_lens", 2.9, 1.0, 0.1, "near"),
         ("frechet_lens", 3.1, 1.0, 0.1, "off"),
-        ("frechet_lens", 3.1, 1.0, 0.4, "near"),  # not told from the floor, and yet thrice as much
+        ("frechet_lens", 3.1, 1.0, 0.4, "near"),  # not apart from the floor, but three times as large
         ("frechet_lens", 2.9, 1.0, 0.4, "at the floor"),
         ("lens_residual", 1e-3, 0.0, 0.0, "off"),
         ("lens_residual", 1e-6, 1e-8, 0.0, "at the floor"),  # the rounding of float32
@@ -187,7 +187,7 @@ def test_a_share_of_few_images_is_not_called_off():
 
 
 def write_images(folder, classes, shape, train=4, test=7):
-    """A folder of images with rings of another size in each class, so many in the splits for training and testing."""
+    """A folder of images of rings, another size for each class; ``train`` and ``test`` of a class in these splits."""
     rng = np.random.default_rng(0)
     axis = np.arange(shape[-1]) - (shape[-1] - 1) / 2
     radius = np.hypot(axis[:, None], axis[None]) / shape[-1]
@@ -225,7 +225,7 @@ def test_other_classes_sizes_and_channels_are_scored_and_reported(classes, shape
     sample = reference.score("other", NpyDataset(other, classes=classes), 2, seed=0)
     absent = {name for name, of_subsets in sample.metrics.items() if of_subsets["overall"]["value"] is None}
     unclassified = {"class_accuracy", "learned"} if len(classes) == 1 else set()
-    few = {"gain_30", "gain_100", "gain_300", "pqmass"}  # images
+    few = {"gain_30", "gain_100", "gain_300", "pqmass"}  # not for so few images
     residuals = {name for name in sample.metrics if "residual_" in name}
     assert absent == {"fid_inception", "lens_residual"} | residuals | unclassified | few
     assert all(set(of_subsets) == {"overall", *classes} for of_subsets in sample.metrics.values())
@@ -283,7 +283,7 @@ def test_the_script_prints_the_table(many_lenses, tmp_path, capsys):
 
 
 def test_what_is_broken_is_caught_through_a_telescope_too(many_lenses, tmp_path, monkeypatch):
-    """Copies of training images have noise of their own, and are near to them all the same."""
+    """Copies of training images have different noise, and are still near to them."""
     monkeypatch.setattr(two_sample, "_STEPS", 80)
     train, val, test = (NpyDataset(many_lenses, None, part) for part in ("train", "val", "test"))
     of_test, of_train, of_broken = observers_of(test, "euclid", None, 0, 3)

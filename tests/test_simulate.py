@@ -225,5 +225,5 @@ def test_simulated_images_cannot_be_told_from_published_ones(name):
 
 @pytest.mark.usefixtures("full_c2st")
 def test_the_textbook_einstein_radius_is_told_apart_at_once():
-    """What the test above can find: the same network knows images made with the other convention."""
+    """This shows what the test above can find: the same network detects images made with the other convention."""
     assert share_told_apart(simulated("no_sub", 150), simulated("no_sub", 150, "angular_diameter")) > 0.95

@@ -229,7 +229,7 @@ def test_without_weights_and_network_every_layer_is_trained_if_only_for_ten_step
     assert "cannot be fetched (--weights_path takes a file): training from scratch" in out
     assert "11,178,051 trainable parameters" in out
     final = load_checkpoint(tmp_path / "run" / "classifier_ckpts" / "resnet18_final.pt")
-    assert final["steps_per_epoch"] == 10  # at which a one-cycle rate can divide by zero
+    assert final["steps_per_epoch"] == 10  # with ten steps, a one-cycle rate can divide by zero
     assert final["pretrained"] is False
 
 

@@ -27,13 +27,13 @@ def test_identical_distributions_are_told_apart_by_chance_alone():
     labels = torch.arange(2).repeat_interleave(20)
     shares, covered = [], 0
     for seed in range(20):
-        a, b = (blobs(40, 2 * seed + i, size=32) for i in range(2))  # small, for twenty networks to be trained soon
+        a, b = (blobs(40, 2 * seed + i, size=32) for i in range(2))  # small, so that twenty networks train fast
         right, _ = c2st(read(a), read(b), labels, seed)
         shares.append(right.double().mean().item())
         low, high = wilson_interval(shares[-1], len(right))
         covered += low <= 0.5 <= high
     assert abs(sum(shares) / 20 - 0.5) < 3 * 0.5 / (20 * 40) ** 0.5
-    assert covered >= 17  # of 20 with 95% each, fewer come one time in a hundred
+    assert covered >= 17  # with 95% each, chance gives fewer one time in a hundred
 
 
 def test_a_little_noise_is_found_at_once():

@@ -1,4 +1,4 @@
-"""What generated images teach: as much as real ones where they are real, nothing where their classes are swapped."""
+"""Generated images teach as much as real ones if they are good, and the contrary if their classes are swapped."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from metrics.usefulness import Usefulness, _joined
 
 
 class Bars:
-    """Noisy images of a bar, across in class "a" and upright in class "b"."""
+    """Noisy images of a bar, horizontal in class "a" and vertical in class "b"."""
 
     classes, root_dir = ("a", "b"), "bars"
 

@@ -1,4 +1,4 @@
-"""What a classifier is shown: images in all their views, and others that are unlike each in the way that is said."""
+"""A classifier is shown images in all their views, and others that are altered as their kind says."""
 
 import math
 
@@ -100,7 +100,7 @@ def test_each_kind_is_made_as_it_is_called():
     assert (ratio > 1.03).any()
     knot = of["turned or mirrored"][:, 0].flatten(1).argmax(1)
     left_or_right = (knot % 32 - 15.5).abs() > (knot // 32 - 15.5).abs()
-    assert left_or_right.any()  # mirrored: of the knot alone, it cannot be told
+    assert left_or_right.any()  # mirrored; the knot alone cannot tell this from half a turn
     assert (~left_or_right).any()  # a quarter turn
     torn = of["no such lens"]
     assert (torn.flatten(1).sort().values - images[0].flatten().sort().values).abs().max() < 0.02  # the same pixels

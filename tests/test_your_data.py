@@ -150,7 +150,7 @@ def test_any_kind_of_data_is_no_edit(kind, tmp_path, undrawn, monkeypatch, capsy
 
 @pytest.mark.parametrize("kind", ["set", "asinh"])
 def test_flux_comes_back_in_the_unit_of_the_data(kind, tmp_path, undrawn, monkeypatch):
-    """Images of fluxes from 500 to 1500 are generated with such ones, however few epochs are trained."""
+    """A generator of images with fluxes from 500 to 1500 draws such fluxes, even after few epochs."""
     images = images_of(("a", "b"), (1, 32, 32), flux=1000)
     class_folders(tmp_path / "data", images)
     size = "ComponentMLP-512"
@@ -181,7 +181,7 @@ def test_images_darker_than_their_sky_keep_no_flux(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["image", "set", "asinh"])
 def test_a_scaling_is_undone_by_its_inverse(kind, tmp_path):
-    """Against the formulas, written again: of counts with a sky of 7 and noise of 3 in all images."""
+    """Against the formulas, written again, for counts with a sky of 7 and noise of 3 in all images."""
     random = np.random.default_rng(2)
     raw = 7 + random.normal(0, 3, (50, 2, 16, 16))
     raw[:, 0, 6:10, 6:10] += np.linspace(100, 5000, 50)[:, None, None] * np.linspace(0.1, 1, 16).reshape(4, 4)
@@ -205,7 +205,7 @@ def test_a_scaling_is_undone_by_its_inverse(kind, tmp_path):
 
 
 def test_flux_is_compared_where_it_is_kept(tmp_path, undrawn, monkeypatch, capsys):
-    """Images five times as bright are told from their own by flux alone, which a flag can ask for, too."""
+    """Images five times as bright differ from the original ones only in flux; a flag can ask for that metric, too."""
     images = images_of(("a", "b"), (1, 24, 24))
     class_folders(tmp_path / "data", images)
     class_folders(tmp_path / "brighter", {name: 5 * of + 1000 for name, of in images.items()})

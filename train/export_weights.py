@@ -1,8 +1,9 @@
-"""Writes the weights of a checkpoint, those of the EMA for a generator, as one small safetensors file to share.
+"""Writes the weights of a checkpoint as one small safetensors file to share; of a generator, its EMA weights.
 
     python train/export_weights.py --checkpoint_path C --output_path weights.safetensors
 
-The file holds the configuration of the network and how it was trained, and stands wherever a checkpoint can.
+The file also holds the configuration of the network and how it was trained. Scripts take it in place of a checkpoint,
+except to resume a training.
 """
 
 import sys
@@ -18,11 +19,11 @@ from models.regressor import load_regressor
 from settings import InputError
 from train.recipes import RECIPES
 
-CHECKPOINT_PATH: str = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Or of another network
+CHECKPOINT_PATH: str = "diffusion_training/dit_conditional_ckpts/dit_conditional_final.pt"  # Of any network
 OUTPUT_PATH: str = "weights/nanodit.safetensors"  # The file to write
 HALVED: str = ""  # Pattern for the names of parameters to store in float16, half as large; "*" for all
 
-_KEPT = ("epoch", "sampler", "val_accuracy", "settings")  # of what else a checkpoint says
+_KEPT = ("epoch", "sampler", "val_accuracy", "settings")  # other entries of a checkpoint that are kept
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
         for part in PARTS:
             own = of_part.state_dict() if (of_part := getattr(network, part)) else {}
             weights |= {f"{part}.{name}": value for name, value in own.items()}
-    # Not the running averages of batch normalization: rounded, they hide the faint light that tells classes apart
+    # Batch normalization's running averages are not halved: rounding them hides the faint light that classes differ by
     whole = {name for name, _ in network.named_buffers()}
     for name, value in weights.items():
         if fnmatch(name, HALVED) and name not in whole and value.is_floating_point():

@@ -1,5 +1,5 @@
-"""Training as fast as one GPU can: a step that is one launch, an average of the weights for short runs, a count of the
-arithmetic."""
+"""Training as fast as one GPU allows: each step as a single launch (a CUDA graph), an average of the weights that suits
+short runs, and a count of the arithmetic operations."""
 
 import math
 import time
@@ -18,14 +18,14 @@ from models.model import NanoDiT
 
 ATTENTIONS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
-Step = Callable[[torch.Generator, Callable[..., Tensor]], Tensor]  # of random numbers and the loss to lower: the loss
+Step = Callable[[torch.Generator, Callable[..., Tensor]], Tensor]  # (random numbers, loss function) -> loss
 
-_PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, in bfloat16, a second
-_WARMUP, _LOWEST = 1 / 60, 1e-6  # share of the time in which the learning rate rises, and where it ends
+_PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 operations a second
+_WARMUP, _LOWEST = 1 / 60, 1e-6  # share of the time in which the learning rate rises; its last value
 
 
 def learning_rate(progress: float, highest: float) -> float:
-    """A linear warm-up, then a cosine decay that ends with the time; ``progress`` is the share of it that is over."""
+    """Linear warm-up, then cosine decay until the time is over; ``progress`` is the share of the time that is over."""
     if progress < _WARMUP:
         return highest * max(progress / _WARMUP, 1e-3)
     decay = 0.5 * (1 + math.cos(math.pi * min(1, (progress - _WARMUP) / (1 - _WARMUP))))
@@ -33,7 +33,7 @@ def learning_rate(progress: float, highest: float) -> float:
 
 
 def endless_batches(n: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """Random indices below n, each once an epoch, but for those that are left over from whole batches."""
+    """Batches of random indices below n, each index once an epoch; what is left over from whole batches is dropped."""
     while True:
         yield from torch.randperm(n, device=device)[: n - n % batch_size].view(-1, batch_size)
 
@@ -41,9 +41,9 @@ def endless_batches(n: int, batch_size: int, device: torch.device) -> Iterator[T
 class PowerEMA:
     """Moving average of weights in which step i of t counts as (i / t)^power (Karras et al. 2024, arXiv:2312.02696).
 
-    ``width`` is the standard deviation of those steps over t, and the same after any number of steps. An average of one
-    decay suits one length of run: that of the published run, 0.9999 every ten steps, has half of its weight in the last
-    70,000. ema-pytorch begins with less, but a run of 3,000 still ends with an average over its last 2,000.
+    ``width`` is the standard deviation of those steps divided by t; it is the same after any number of steps. A fixed
+    decay suits one length of run: the published one, 0.9999 every ten steps, puts half of the weight on the last 70,000
+    steps. ema-pytorch begins with a smaller decay, but a run of 3,000 still ends with an average over its last 2,000.
     """
 
     def __init__(self, averaged: torch.nn.Module, network: torch.nn.Module, width: float):
@@ -84,11 +84,11 @@ def attention_times(network: NanoDiT, batch_size: int) -> dict[str, float]:
 def fastest(
     step: Step, loss: Callable[..., Tensor], device: torch.device, seed: int, kernel: str | None, compile_mode: str
 ) -> tuple[Callable[[], Tensor], str]:
-    """A function that makes a step in the fastest of several ways that works on this machine; and the way.
+    """A function that makes a step in the fastest way that works on this machine, and a name for that way.
 
     Args:
-        step: waits for no result of the GPU, and depends on no number in Python that changes.
-        kernel: of ATTENTIONS, to be tried first; None leaves it to torch.
+        step: must not wait for a result of the GPU, nor depend on Python numbers that change.
+        kernel: attention kernel to try first, a name of ATTENTIONS; None lets torch choose.
     """
     ways = [(kernel, True, True), (None, True, True), (None, True, False), (None, False, False)]
     for attention, compiled, graphed in ways if device.type == "cuda" else ways[-1:]:
@@ -116,7 +116,7 @@ def captured(once: Callable[[], Tensor], random: torch.Generator) -> Callable[[]
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, and makes what is made once
+        for _ in range(3):  # compiles, and creates what is created only once
             once()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -132,11 +132,11 @@ def captured(once: Callable[[], Tensor], random: torch.Generator) -> Callable[[]
 
 
 def forward_operations(network: NanoDiT) -> int:
-    """Multiplications and additions of one image in a transformer of several tokens.
+    """Multiplications and additions that a transformer of several tokens makes for one image.
 
-    Two for each weight of a linear layer and each token it sees, and four for each pair of tokens, channel and block in
-    the two products of attention. A training step takes three times as many: the gradients of inputs and of weights
-    each take a pass's.
+    Each weight of a linear layer takes two for each token it sees; the two products of attention take four for each
+    pair of tokens, channel and block. A training step takes three times as many: the gradients of inputs and those of
+    weights each cost as much as the forward pass.
     """
     config, tokens, width = network.config, network.pos_embed.shape[1], network.config["hidden_size"]
     of_block = (4 + 2 * config["mlp_ratio"]) * width**2  # qkv, output, MLP
@@ -147,6 +147,6 @@ def forward_operations(network: NanoDiT) -> int:
 
 @cache
 def peak_operations() -> float | None:
-    """Operations a second of the matrix units of this machine's GPU in bfloat16; None for one that is not known."""
+    """Peak bfloat16 operations a second of the matrix units of this machine's GPU; None for an unknown GPU."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((peak for name, peak in _PEAKS.items() if name in card), None)

@@ -1,9 +1,9 @@
-"""Training images in every orientation that their kind of data has: lenses by the thousand count as many more."""
+"""Training images in every orientation that their symmetry allows, so that a few thousand lenses count as many more."""
 
 import torch
 from torch import Tensor
 
-# Quarter turns and whether mirrored first. Shear and sources of one direction leave half a turn alone
+# (quarter turns, whether mirrored first). Where shear and source have a fixed direction, only half a turn is a symmetry
 SYMMETRIES = {
     "none": ((0, False),),
     "half_turn": ((0, False), (2, False)),
@@ -18,7 +18,7 @@ def turned(images: Tensor, quarter_turns: int, mirrored: bool) -> Tensor:
 
 
 def draw_orientations(symmetry: str, n: int, random: torch.Generator) -> Tensor:
-    """Number of an orientation for each of n images, (n,); nothing is drawn where there is but one."""
+    """Random index of an orientation for each of n images, (n,); with only one orientation, nothing is drawn."""
     count = len(SYMMETRIES[symmetry])
     if count == 1:
         return torch.zeros(n, dtype=torch.long, device=random.device)
@@ -26,7 +26,7 @@ def draw_orientations(symmetry: str, n: int, random: torch.Generator) -> Tensor:
 
 
 def oriented(images: Tensor, orientations: Tensor, symmetry: str) -> Tensor:
-    """Images (n, c, s, s), each in the orientation of its number (n,)."""
+    """Images (n, c, s, s), each brought into the orientation of its index in ``orientations`` (n,)."""
     if len(SYMMETRIES[symmetry]) == 1:
         return images
     found = torch.empty_like(images)
@@ -37,8 +37,8 @@ def oriented(images: Tensor, orientations: Tensor, symmetry: str) -> Tensor:
 
 
 def some_of_all(images: Tensor, symmetry: str, most: int) -> Tensor:
-    """At most so many images (n, c, s, s), at random; each in as many orientations, one after the other, as leave room
-    for all images."""
+    """At most ``most`` of the images (n, c, s, s), at random. Each comes in as many orientations as leave room for all
+    images; those of one image are adjacent."""
     ways = len(SYMMETRIES[symmetry])
     each = min(ways, max(1, most // len(images)))
     random = torch.Generator().manual_seed(0)

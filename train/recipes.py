@@ -1,7 +1,7 @@
-"""Named, complete sets of constants: ``--recipe NAME`` sets every constant that is not as the script has it.
+"""Named, complete sets of constants: ``--recipe NAME`` sets every constant that differs from the script's.
 
-"published" is what the scripts have: the settings of the published run, for a GPU. Each network of ``weights/`` has the
-recipe that made it, under its name.
+"published" changes nothing, because the scripts have the settings of the published run, for a GPU. Each network of
+``weights/`` has the recipe that made it, under its name.
 """
 
 from settings import Recipes
@@ -48,7 +48,7 @@ RECIPES: Recipes = {
         },
         "train_classifier": _CLASSIFIER | {"IMAGE_SIZE": 48, "EPOCHS": 4},
     },
-    # Any images, with or without noise: an hour on two cores for each network, from 15,000 of 64 pixels
+    # For any images, with or without noise: each network takes an hour on two cores, from 15,000 images of 64 pixels
     "hour": {
         "train_diffusion": _COMPONENTS
         | {
@@ -67,8 +67,8 @@ RECIPES: Recipes = {
         "train_diffusion": _COMPONENTS | {"EPOCHS": 400},
         "export_weights": {"HALVED": "codec.vectors", "OUTPUT_PATH": "weights/component_mlp.safetensors"},
     },
-    # As weights/conditional_mlp.safetensors, whose card says in which parts it was made: component_mlp, trained on
-    # with the parameters of 270,000 images
+    # A network like weights/conditional_mlp.safetensors, which was made in several parts (see its card): component_mlp,
+    # trained further on 270,000 images with their parameters
     "conditional_mlp": {
         "train_diffusion": _COMPONENTS
         | {

@@ -1,4 +1,4 @@
-"""One training run: goes on where it was stopped, saves in time, stops before harm is done, keeps its history.
+"""One training run: goes on where it was stopped, saves regularly, ends when the loss runs away, keeps its history.
 
 The loops stay in the scripts; ``Run`` is what they share.
 """
@@ -28,7 +28,7 @@ from models.checkpoint import check_numbers, generator_weights, load_checkpoint,
 from models.generator import Generator
 from settings import ROOT, InputError
 
-# Settings that may differ between two runs of one training without anything to be said
+# Settings that may change when a run goes on, without a message
 _FREE = {
     "DATA_DIR",
     "OUTPUT_DIR",
@@ -41,38 +41,38 @@ _FREE = {
     "WORTH_STARTING_HOURS",
 }
 _OF_A_RUN = ("*_ckpts", "dit_conditional_images", "dit_conditional_npy", "training_metrics.*", "confusion_matrix.png")
-_SHOWN = {"classes", "image_size", "channels"}  # short enough to be told where they differ
-_NEEDED = {"optimizer_state_dict", "history", "settings", "step_in_epoch"}  # in a checkpoint, to go on from it
+_SHOWN = {"classes", "image_size", "channels"}  # short enough for a message that says how they differ
+_NEEDED = {"optimizer_state_dict", "history", "settings", "step_in_epoch"}  # in a checkpoint that a run can go on from
 _DRAWN_EVERY = 10  # seconds
-_SOUND, _RUNAWAY = 3, 1000  # times the loss of an untrained network: a loss is sound up to the one, lost from the other
+_SOUND, _RUNAWAY = 3, 1000  # times an untrained network's loss: a loss above is unsound, or has run away
 
 
 class Run:
-    """A run of a training script, whose OUTPUT_DIR belongs to this process from then on.
+    """A run of a training script. Its OUTPUT_DIR belongs to this process until the script ends.
 
-    It goes on from the checkpoint that the constant RESUME says: "auto" finds the newest whole one, "never" takes none,
-    and a path a copy of the one there. Unless it goes on from the newest one, an earlier run's files are moved to
-    OUTPUT_DIR/earlier_{n} first.
+    The run goes on from the checkpoint that the constant RESUME names: "auto" finds the newest undamaged one, "never"
+    takes none, and a path takes a copy of the checkpoint there. Unless it goes on from the newest one, it first moves
+    the files of an earlier run to OUTPUT_DIR/earlier_{n}.
 
     Args:
         script: ``globals()`` of the script, with OUTPUT_DIR, EPOCHS, BATCH_SIZE, RESUME and CHECKPOINT_SAVE_MINUTES.
-        checkpoints: their folder in OUTPUT_DIR and the beginning of their names, which go on with step_{n}.pt within an
-            epoch and epoch_{n}.pt or final.pt after one.
-        device: that checkpoints are loaded to.
+        checkpoints: folder of the checkpoints in OUTPUT_DIR, and the beginning of their names. These end in step_{n}.pt
+            within an epoch, and in epoch_{n}.pt or final.pt after one.
+        device: where checkpoints are loaded to.
         today: brings the content of older checkpoints into today's form.
 
     Attributes:
         state: content of the checkpoint to go on from, or None.
         history: a row for every epoch that is done.
-        sums: over the images of the epoch that is not done, by name.
+        sums: sums over the images of the current, unfinished epoch, by name.
         step: steps done since the beginning.
-        content: goes into every checkpoint; may be added to.
+        content: goes into every checkpoint; scripts may add to it.
         untrained: loss of an untrained network; to be set before the first step.
         rate: name of the constant with the learning rate.
         steps_per_epoch: number of batches.
 
     Raises:
-        InputError: for a folder with another network's run, or checkpoints of several runs, or that are all damaged.
+        InputError: for a folder with another network's run, checkpoints of several runs, or only damaged checkpoints.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Run:
         self._drawn = -math.inf
         self.today = today
         self.newest, self.state = None, None
-        if distributed.from_main(self.output.exists()):  # or else it is made when the run begins
+        if distributed.from_main(self.output.exists()):  # otherwise ``begin`` creates it
             self._hold()
         for other in self.output.glob("*_ckpts"):
             if other != self.folder and any(other.iterdir()):
@@ -109,7 +109,7 @@ class Run:
         """Makes OUTPUT_DIR ready for a run on these images.
 
         Args:
-            content: what its checkpoints say of the network; one to go on from must say the same.
+            content: description of the network for every checkpoint; a checkpoint to go on from must hold the same.
 
         Raises:
             InputError: when it does not.
@@ -118,22 +118,22 @@ class Run:
         self.content, self.data = content, images.identity
         self.steps_per_epoch = math.ceil(len(images) / self.batch_size)
         if others := [name for name, value in content.items() if self.state and self.state.get(name) != value]:
-            name = min(others, key="model_config".__eq__)  # the network differs, too, where other things do
+            name = min(others, key="model_config".__eq__)  # another difference changes the network too: name that one
             what = "network" if name == "model_config" else name.replace("_", " ")
             told = f"is of another {what}"
             if name in _SHOWN:
                 told = f"has {what} {self.state.get(name)}, not {content[name]}"
             raise InputError(f"{self.found} {told}: choose another --output_dir for this one")
         if self.found != self.newest or self.state is None:
-            distributed.gather(None)  # all have read it
+            distributed.gather(None)  # wait until all processes have read it
             if distributed.is_main():
                 self._begin_anew()
         self.origin = self.newest
         state = self.state or {"history": [], "epoch": 0, "step_in_epoch": 0}
         self.run = state.get("run") or distributed.from_main(secrets.token_hex(4))
         self.history, sums = state["history"], state.get("sums")
-        self.sums = Counter(sums if isinstance(sums, dict) else {})  # older versions kept other ones
-        # After another batch size, the part of the epoch that is done stays done
+        self.sums = Counter(sums if isinstance(sums, dict) else {})  # older versions kept something else
+        # After a change of the batch size, the same share of the epoch counts as done
         before = state.get("steps_per_epoch", self.steps_per_epoch)
         self.done = state["step_in_epoch"] * self.steps_per_epoch // before
         self.step = state["epoch"] * self.steps_per_epoch + self.done
@@ -141,7 +141,7 @@ class Run:
         self._announce()
 
     def restore(self, **parts: Any) -> None:
-        """Takes what is to be saved, by name, and puts the state of the checkpoint into it, if there is one.
+        """Registers the parts to be saved, by name, and loads the state of the checkpoint into them, if there is one.
 
         "model" is a network, "ema" its EMA and "optimizer" its optimizer; any other part has a ``state_dict``, too.
         """
@@ -157,11 +157,11 @@ class Run:
                 _load_optimizer(part, found, path)
             elif isinstance(part, nn.Module):
                 load_weights(part, found, path)
-            elif found:  # none of a scaler that was not needed
+            elif found:  # a scaler that was not needed has saved no state
                 part.load_state_dict(found)
 
     def schedule(self, optimizer: torch.optim.Optimizer, kind: type, *args: Any, **options: Any) -> Any:
-        """A learning-rate scheduler that stands where the run does."""
+        """Learning-rate scheduler, brought to the step at which the run is."""
         scheduler = kind(optimizer, *args, **options)
         steps = min(self.step, getattr(scheduler, "total_steps", self.step + 1) - 1)
         if steps:
@@ -172,12 +172,12 @@ class Run:
         return scheduler
 
     def remaining_epochs(self) -> Iterator[int]:
-        """Numbers of the epochs that are to be done, from 1 on."""
+        """Numbers of the epochs that are still to be done; the first epoch of a run is number 1."""
         self._stop_asked = settings.stop_on_signal()
         yield from range(len(self.history) + 1, self.epochs + 1)
 
     def steps(self, batches: tuple[Tensor, ...]) -> Iterator[Tensor]:
-        """The batches of an epoch that are to be done, under a progress bar; ``step`` counts them."""
+        """Batches of the epoch that are still to be done, with a progress bar; ``step`` counts them."""
         epoch = len(self.history) + 1
         self._started, self._seen_before = time.monotonic(), self.sums["seen"]
         title = f"epoch {epoch}/{self.epochs}"
@@ -187,28 +187,28 @@ class Run:
                 yield batch
 
     def check(self, loss: Tensor, norm: float = 0.0) -> tuple[float, bool]:
-        """After a loss and before its step: saves where it is time to and all is sound.
+        """Checks a loss before the optimizer takes its step; saves a checkpoint if one is due and the loss is sound.
 
         Args:
-            loss: of this process; the step's is the sum over all.
+            loss: of this process; the loss of the step is the sum over all processes.
             norm: of the gradient.
 
         Returns:
             The loss of the step, and whether to stop here.
 
         Raises:
-            InputError: for a loss or gradient that is no number, or a loss that has run away, with what to do.
+            InputError: for a loss or gradient that is NaN or infinite, or a loss that has run away; it says what to do.
         """
         loss, stop = distributed.total(loss, self._stop_asked())
         due = time.monotonic() - self.saved >= self.seconds
-        if self._is_sound(loss, norm) and (stop or due):  # the weights as the loss has just found them
+        if self._is_sound(loss, norm) and (stop or due):  # the weights that this loss was computed with
             self._save(f"step_{self.step - 1}", *divmod(self.step - 1, self.steps_per_epoch))
         if stop:
             print("stopped; run the script again to go on")
         return loss, bool(stop)
 
     def add(self, seen: int, loss: float, **others: float) -> None:
-        """Counts the images and sums of a step, and shows their means."""
+        """Adds the images, the loss and other sums of a step; shows the mean loss and the images a second."""
         self.sums.update(seen=seen, loss=loss * seen, **others)
         left = (self.epochs * self.steps_per_epoch - self.step) * seen / self.images_per_second()
         shown = {"loss": f"{self.mean('loss'):.4f}", "images_s": f"{self.images_per_second():.0f}"}
@@ -224,7 +224,7 @@ class Run:
     def end_epoch(self, row: dict[str, float], panels: list[list[str]]) -> None:
         """Adds a row to the history and draws it, a panel for each list of columns; ``save_epoch`` comes next.
 
-        Between the first and the last epoch, curves are drawn every few seconds at most: that takes half a second.
+        Between the first and the last epoch, curves are drawn every ten seconds at most: drawing takes half a second.
         """
         self.history.append({"epoch": len(self.history) + 1} | row)
         self.done, self.sums = 0, Counter()
@@ -239,8 +239,8 @@ class Run:
         Args:
             loss: of the weights to be saved.
             every: epochs between checkpoints; the last one is always saved, as final.pt.
-            keep: number of the newest ones to keep.
-            best: column of the history whose least value is of a checkpoint to keep, too.
+            keep: number of the newest checkpoints to keep.
+            best: column of the history; the checkpoint with the least value in it is kept, too.
         """
         epoch = len(self.history)
         last = epoch == self.epochs
@@ -248,7 +248,7 @@ class Run:
             untrained = f"that of an untrained network is {self.untrained:.3g}"
             tqdm.write(f"epoch {epoch} is not saved: loss {loss:.3g}, {untrained}")
             return
-        if last:  # before the other one, so that no run that was killed here lacks it
+        if last:  # before epoch_{n}.pt, so that a run killed between the two has it
             self._save("final", epoch, 0)
         if epoch % every == 0:
             self._save(f"epoch_{epoch}", epoch, 0)
@@ -261,7 +261,7 @@ class Run:
                 self._path(f"epoch_{row['epoch']}").unlink()
 
     def _save(self, name: str, epoch: int, step: int) -> None:
-        """After a number of whole epochs and steps of the next one; removes older ones within an epoch."""
+        """Saves after ``epoch`` whole epochs and ``step`` steps of the next one; removes older step_{n}.pt."""
         self.newest, self.saved = self._path(name), time.monotonic()
         if not distributed.is_main():
             return
@@ -285,7 +285,7 @@ class Run:
         tqdm.write(f"saved {self.newest}")
 
     def _find(self) -> None:
-        """Finds the checkpoint to go on from, ``found``, and the place where it is to be, ``newest``."""
+        """Finds ``found``, the checkpoint to go on from, and ``newest``, its path in the folder of this run."""
         self.found, resume = None, self.resume
         if any(int(os.environ.get(count) or 0) for count in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
             resume = "auto"  # torchrun or SLURM has started the same run again
@@ -293,7 +293,7 @@ class Run:
             self._find_newest()
             self.found = self.newest
         elif resume != "never":
-            resume = resume if Path(resume).exists() else str(ROOT / resume)  # as written in a script
+            resume = resume if Path(resume).exists() else str(ROOT / resume)  # relative, as written in a script
             if not Path(resume).exists():
                 raise InputError(
                     f'RESUME {self.resume!r} is neither "auto" nor "never" nor the path of a checkpoint', 2
@@ -321,9 +321,9 @@ class Run:
                 file.write(content)
 
     def _find_newest(self) -> None:
-        """Finds the whole checkpoint with most steps, the same for all processes; names those that are broken.
+        """Finds the undamaged checkpoint with the most steps, the same for all processes; prints which are damaged.
 
-        Removes what a process that was killed while it wrote has left.
+        Removes the unfinished files of a process that was killed while it wrote them.
         """
         if distributed.is_main():
             for part in self.folder.glob("*.part"):
@@ -352,7 +352,7 @@ class Run:
         return bool(re.fullmatch(rf"{self.prefix}_(step_\d+|epoch_\d+|final)\.pt", name))
 
     def _newest_first(self) -> list[Path]:
-        """By how far they are, whatever the time of the file; those that cannot be read come first, to be named."""
+        """Checkpoints sorted by progress, not by file time; unreadable ones come first, so that they are reported."""
 
         def epochs_and_name(path: Path) -> tuple[float, str]:
             found = progress(path)
@@ -362,7 +362,7 @@ class Run:
         return sorted(there, key=epochs_and_name, reverse=True)
 
     def _announce(self) -> None:
-        """Says from where the run goes on, and which settings and data are no longer those it began with."""
+        """Prints from where the run goes on, and which settings and data have changed since it began."""
         if self.state is None:
             return
         content, now = self.state, self.settings
@@ -379,11 +379,11 @@ class Run:
             print("changed since then: " + ", ".join(changes))
 
     def _is_sound(self, loss: float, norm: float = 0.0, last: bool = False) -> bool:
-        """Whether a loss is hardly worse than that of an untrained network, so that the weights are worth keeping.
+        """Whether a loss is at most three times that of an untrained network, so that the weights are worth keeping.
 
         Raises:
-            InputError: for a loss or gradient that is no number, a loss that has run away, or, where the run ends with
-                it, one that is not sound; it says what to do.
+            InputError: for a loss or gradient that is NaN or infinite, for a loss that has run away, and for the last
+                loss of a run if it is not sound; it says what to do.
         """
         limit = _SOUND if last else _RUNAWAY
         if math.isfinite(loss) and math.isfinite(norm) and loss <= limit * self.untrained:
@@ -400,15 +400,15 @@ class Run:
         )
 
     def _doubt_origin(self) -> None:
-        """Renames the checkpoint that this run went on from if all goes wrong from there, at an eighth of its rate too:
-        weights can be ruined before the loss shows it."""
+        """Renames the checkpoint that this run went on from if the loss runs away from there even at an eighth of its
+        learning rate: weights can be ruined before the loss shows it."""
         if self.state is None or self.newest != self.origin:
             return
         if self.settings[self.rate] <= self.state["settings"].get(self.rate, 0) / 8:
             ruined = self.newest.with_suffix(".ruined")
             if distributed.is_main():
                 self.newest.rename(ruined)
-            print(f"{self.newest} is called {ruined.name} now: from there, the loss runs away at any rate")
+            print(f"{self.newest} is called {ruined.name} now: from there, the loss runs away at any learning rate")
             older = [path for path in self._newest_first() if path != self.newest]
             self.newest = older[0] if older else None
 
@@ -421,7 +421,7 @@ def _load_ema(ema: EMA, content: dict[str, Any], path: Path) -> None:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
-    """Moments and step counts of a checkpoint; learning rates and weight decay stay those of the constants."""
+    """Loads moments and step counts from a checkpoint; learning rates and weight decay stay as the constants say."""
     for number, of_parameter in state["state"].items():
         check_numbers({f"{name} {number} of the optimizer": value for name, value in of_parameter.items()}, path)
     groups = optimizer.state_dict()["param_groups"]
@@ -429,7 +429,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], pat
 
 
 def seconds_an_image(generator: Generator, batch_size: int) -> float:
-    """Measured time of a training step, divided by its images: of a batch, or on a CPU of as many as take a second."""
+    """Measured time of a training step, divided by its images: a batch, or on a CPU as many images as take a second."""
     device, classes = generator.device, len(generator.classes)
 
     def step(n: int) -> float:
@@ -449,7 +449,7 @@ def seconds_an_image(generator: Generator, batch_size: int) -> float:
 
 
 def duration(seconds: float) -> str:
-    """A time for people."""
+    """A time as text for people, in the unit that suits it."""
     for unit, length in (("years", 31557600), ("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"

@@ -5,7 +5,7 @@
 
 Writes to OUTPUT_DIR: classifier_ckpts/resnet18_best.pt, the best epoch by validation accuracy, training_metrics.png and
 training_metrics.csv, and confusion_matrix.png with its accuracy on the test images. A run that was stopped goes on from
-the newest of classifier_ckpts/, on a CPU to the last bit as if it had not been.
+the newest checkpoint; on a CPU it ends with the same bits as a run that was never stopped.
 """
 
 import math
@@ -47,29 +47,29 @@ DATA_DIR: str = "data"  # Folder with a folder of images for each class
 OUTPUT_DIR: str = "classifier_training_resnet18"  # Change it to keep an earlier classifier
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" trains without the files that cannot be read
 ON_MISSING_CLASS: Literal["raise", "go_on"] = "raise"  # "go_on" trains although a class has no images
-CACHE_DIR: str | None = None  # Where packed images are kept; None is in DATA_DIR itself, if it can be written to
-AUGMENT: Literal[(*SYMMETRIES,)] = "none"  # Orientations in which images come, as in train_diffusion.py
-MAX_SHIFT: Whole = 0  # Pixels that an image is moved by at most, another way each time
+CACHE_DIR: str | None = None  # Where packed images are kept; None means DATA_DIR itself, if it can be written to
+AUGMENT: Literal[(*SYMMETRIES,)] = "none"  # Orientations that images are shown in, as in train_diffusion.py
+MAX_SHIFT: Whole = 0  # Largest random shift of an image in pixels, drawn anew each time
 INSTRUMENT: Literal[(None, *INSTRUMENTS)] = None  # Shows noise-free images as this telescope sees them
 PEAK: Positive | None = None  # Counts per second of the brightest pixel, for INSTRUMENT; None takes it from the files
-LEAST_DEPTH: Positive = 0.25  # Times as long as INSTRUMENT looks, at least; another time for each image
-MOST_DEPTH: Positive = 1e4  # And at most; the noise is a hundredth then
+LEAST_DEPTH: Positive = 0.25  # Shortest exposure, relative to INSTRUMENT's; drawn anew for each image
+MOST_DEPTH: Positive = 1e4  # Longest exposure; with 1e4 the noise is a hundredth of INSTRUMENT's
 CLEAN_SHARE: Fraction = 0.2  # Share of images that INSTRUMENT puts no noise on
-UNLIKE_SHARE: Fraction = 0.0  # Share of images shown beside that are made unlike all others, to be known as such
-IMAGE_SIZE: Annotated[int, Interval(8, 1024)] = 224  # Pixels to resize images to; 64, a twelfth of the work, for a CPU
+UNLIKE_SHARE: Fraction = 0.0  # Share of extra images, altered to be unlike all others, that it learns to recognize
+IMAGE_SIZE: Annotated[int, Interval(8, 1024)] = 224  # Pixels on a side to resize to; 64 on a CPU: a 12th of the work
 PRETRAINED: bool = True  # Start from ImageNet weights; false trains every layer from scratch
-WEIGHTS_PATH: str | None = None  # File with torchvision's ResNet18 weights, for a machine without network
+WEIGHTS_PATH: str | None = None  # File with torchvision's ResNet18 weights, for a machine without internet
 BATCH_SIZE: Count = 180  # Reduce when the GPU runs out of memory
 LEARNING_RATE: Positive = 1e-4  # Of the last layer with ImageNet weights; layer3 and layer4 take a tenth of it
 SCRATCH_LEARNING_RATE: Positive = 1e-3  # Of every layer, when there are no ImageNet weights
 EPOCHS: Epochs = 40  # Fewer are enough with pretrained weights
-SEED: Whole = 42  # Of weights and order
-CHECKPOINT_SAVE_MINUTES: NotNegative = 3.0  # At most between checkpoints; every epoch ends with one
+SEED: Whole = 42  # Of the first weights and the order of images
+CHECKPOINT_SAVE_MINUTES: NotNegative = 3.0  # Most minutes between checkpoints; every epoch ends with one
 RESUME: str = "auto"  # Goes on where the run was stopped; "never" starts anew, a path goes on from the checkpoint there
 AMP_DTYPE: Literal[None, "bfloat16"] = None  # "bfloat16" on a recent GPU
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
-_KNOWN_IMAGES = 6000  # of training, at most, that tell how far other images are from them
+_KNOWN_IMAGES = 6000  # training images, at most, from which the distance of other images is measured
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ def main() -> None:
             shown, kinds = views.shown(images, generator_of(SEED, run.step, device))
             with torch.autocast(device.type, torch.bfloat16, enabled=AMP_DTYPE is not None):
                 features = model.features(classifier_transforms(shown, IMAGE_SIZE)).float()
-            logits = model.fc(features[: len(labels)])  # the others are of no class
+            logits = model.fc(features[: len(labels)])  # the altered images have no class
             loss = F.cross_entropy(logits, labels)
             if model.kinds:
                 loss = loss + F.cross_entropy(model.kind(features), kinds)
@@ -128,7 +128,7 @@ def main() -> None:
             scheduler.step()
             run.add(len(labels), loss, correct=(logits.argmax(1) == labels).sum().item())
 
-        # The running averages of batch normalization lag behind weights that change fast: take them anew
+        # The running averages of batch normalization lag behind weights that change fast: compute them anew
         some, random = batches[: math.ceil(2048 / BATCH_SIZE)], generator_of(SEED, run.step, device)
         shown = (views.shown(train.images[part.to(train.labels.device)].to(device), random)[0] for part in some)
         update_bn((classifier_transforms(images, IMAGE_SIZE) for images in shown), model)
@@ -147,7 +147,7 @@ def main() -> None:
         if best:
             found = {"epoch": epoch, "val_accuracy": val_accuracy}
             save_checkpoint(best_path, model_state_dict=model.state_dict(), **told, **found, settings=run.settings)
-        run.save_epoch(loss)  # of the last batch: the mean remembers weights of long ago
+        run.save_epoch(loss)  # of the last batch: the mean over the epoch is of earlier weights
 
     model = load_classifier(best_path, device)
     find_calibration(model, train, val, views)
@@ -166,13 +166,13 @@ def check_data(train: NpyDataset) -> None:
 
 
 def make_views(train: NpyDataset) -> Views:
-    """What the settings show of images like those of training."""
+    """The random views that the settings ask for."""
     (observer,) = observers_of(train, INSTRUMENT, PEAK, seed=0, count=1)
     return Views(observer, (LEAST_DEPTH, MOST_DEPTH), CLEAN_SHARE, AUGMENT, MAX_SHIFT, UNLIKE_SHARE)
 
 
 def find_calibration(model: LensClassifier, train: NpyDataset, val: NpyDataset, views: Views) -> None:
-    """Calibrates a trained classifier on validation images as they are shown."""
+    """Calibrates a trained classifier on views of the validation images."""
     known = train.images[some_of_each_class(train.labels.cpu(), _KNOWN_IMAGES // len(train.classes))].cpu()
     images, labels = val.images.cpu(), val.labels.cpu()
     faintest = views.of_all(images[:_KNOWN_IMAGES], SEED, LEAST_DEPTH) if views.observer else None
@@ -180,8 +180,8 @@ def find_calibration(model: LensClassifier, train: NpyDataset, val: NpyDataset, 
 
 
 def report(model: LensClassifier, test: NpyDataset, views: Views) -> None:
-    """Says how often the classifier is right on test images, whether it knows, and how many it thinks are unlike those
-    of its training; draws its confusions."""
+    """Prints the accuracy and the calibration error on test images, and how many of them seem unlike those of training;
+    draws the confusion matrix."""
     images, labels, classes = test.images.cpu(), test.labels.cpu(), test.classes
     looks = {"": views.of_all(images, SEED)}
     if views.observer:
@@ -202,7 +202,7 @@ def report(model: LensClassifier, test: NpyDataset, views: Views) -> None:
 
 
 def load_imagenet_weights(model: nn.Module) -> bool:
-    """Puts ImageNet weights, from WEIGHTS_PATH or the network, into all layers but the last; False without any."""
+    """Loads ImageNet weights, from WEIGHTS_PATH or the internet, into all layers they fit; False if there are none."""
     timeout = socket.getdefaulttimeout()
     try:
         if WEIGHTS_PATH:
@@ -229,14 +229,14 @@ def load_imagenet_weights(model: nn.Module) -> bool:
 
 
 def without_imagenet(model: nn.Module) -> set[str]:
-    """Names of the weights that have no counterpart in a network of photographs."""
+    """Names of the weights that have no counterpart in a network trained on photographs."""
     own = ("fc.", "kind.") if model.channels in (1, 3) else ("fc.", "kind.", "conv1.")
     return {name for name in model.state_dict() if name.startswith(own)}
 
 
 def trained_layers(model: nn.Module, pretrained: bool) -> list[dict]:
-    """Parameter groups for the optimizer: all of a network from scratch; of a pretrained one layer3, layer4 and what
-    has no pretrained weights."""
+    """Parameter groups for the optimizer: all layers of a network from scratch; of a pretrained one, layer3, layer4 and
+    the layers without pretrained weights."""
     if not pretrained:
         return [{"params": list(model.parameters()), "lr": SCRATCH_LEARNING_RATE}]
     model.requires_grad_(False)
@@ -247,7 +247,7 @@ def trained_layers(model: nn.Module, pretrained: bool) -> list[dict]:
 
 
 def evaluate(probabilities: Tensor, labels: Tensor) -> tuple[float, float, Tensor]:
-    """Mean loss, accuracy and confusion matrix, rows the true classes, of probabilities (n, classes)."""
+    """Mean loss, accuracy and confusion matrix (rows are the true classes) of probabilities (n, classes)."""
     called, classes = probabilities.argmax(1), probabilities.shape[1]
     counts = torch.bincount(labels * classes + called, minlength=classes**2).view(classes, -1)
     loss = F.nll_loss(probabilities.clamp_min(1e-12).log(), labels).item()

@@ -6,7 +6,7 @@
 
 Writes to OUTPUT_DIR: dit_conditional_ckpts/ with the checkpoints, dit_conditional_images/ and dit_conditional_npy/ with
 samples from the EMA weights, training_metrics.png and training_metrics.csv. A run that was stopped goes on from its
-newest checkpoint, on a CPU to the last bit as if it had not been.
+newest checkpoint; on a CPU it ends with the same bits as a run that was never stopped.
 """
 
 import math
@@ -58,21 +58,21 @@ DATA_DIR: str = "data"  # Folder with a folder of images for each class; yours, 
 OUTPUT_DIR: str = "diffusion_training"  # Change it to start another run beside this one
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" trains without the files that cannot be read
 ON_MISSING_CLASS: Literal["raise", "go_on"] = "raise"  # "go_on" trains although a class has no images
-SCALING: Literal[scaling.KINDS] = "image"  # "set" keeps flux, "asinh" too, for real images of high contrast
-AUGMENT: Literal[(*SYMMETRIES,)] = "none"  # "square": images have no preferred direction, as real ones; or half of it
-CACHE_DIR: str | None = None  # Where packed images are kept; None is in DATA_DIR itself, if it can be written to
-PARAMETERS: Names = ()  # Physical parameters to generate by, "source_x,axion_mass:log10", see docs/parameters.md
+SCALING: Literal[scaling.KINDS] = "image"  # "set" keeps flux; so does "asinh", for real images of high contrast
+AUGMENT: Literal[(*SYMMETRIES,)] = "none"  # Symmetry of the images: "square" for real lenses; see docs/your_data.md
+CACHE_DIR: str | None = None  # Where packed images are kept; None means DATA_DIR itself, if it can be written to
+PARAMETERS: Names = ()  # Physical parameters to ask for, as "source_x,axion_mass:log10"; see docs/parameters.md
 
 START_PATH: str | None = None  # A checkpoint whose network and weights to start from
 MODEL_SIZE: Literal[(None, *SIZES)] = None  # None is "NanoDiT-B/2", or that of START_PATH; "NanoDiT-S/8" on a CPU
-PATCH_SIZE: Count | None = None  # Pixels a token; here and below, None is that of MODEL_SIZE. Larger is faster
+PATCH_SIZE: Count | None = None  # Pixels on a side of a patch; larger is faster. None, here and below: MODEL_SIZE's
 LATENT_DIM: Count | None = None  # Width of the network
 MODEL_DEPTH: Count | None = None  # Transformer blocks, or blocks of the MLP
 MODEL_HEADS: Count | None = None  # Attention heads
 PREDICTION: Literal[None, "velocity", "image"] = None  # "image" predicts the clean image: for patches of 8 or more
 
 BATCH_SIZE: Count = 160  # Images a step, of all processes together; raise it with the learning rate for many GPUs
-ACCUMULATE_STEPS: Count = 1  # Parts a batch is taken in; raise it when the GPU runs out of memory
+ACCUMULATE_STEPS: Count = 1  # Parts that a batch is split into; raise it when the GPU runs out of memory
 LEARNING_RATE: Positive = 1e-4  # 2e-3 for NanoDiT-S/16 in batches of 16; reduce when the loss is NaN
 MIN_LEARNING_RATE: NotNegative = 1e-6  # Where the cosine decay ends
 WARMUP_EPOCHS: NotNegative = 10.0  # Epochs of linear warm-up; a fraction of one for short runs
@@ -80,26 +80,26 @@ EPOCHS: Epochs = 600  # More is better; the published run took 8 hours on an A10
 WEIGHT_DECAY: NotNegative = 0.01  # Of AdamW
 ADAM_BETA2: Fraction = 0.999  # Of AdamW; 0.99 for runs of a few thousand steps
 MAX_GRAD_NORM: Positive = 1.0  # Gradients are clipped to this norm
-LABEL_DROPOUT: Fraction = 0.1  # Share of labels hidden in training, with all parameters; guidance needs it
+LABEL_DROPOUT: Fraction = 0.1  # Share of images whose label and parameters training hides; guidance needs it
 PARAMETER_DROPOUT: Fraction = 0.1  # Share of images that lose some or all of their parameters in training
 TIME_SAMPLING: Literal["uniform", "logit_normal"] = "uniform"  # "logit_normal" for short runs with PREDICTION = "image"
-TIME_MEDIAN: InnerFraction = 0.69  # Of "logit_normal"; 0.3 for ComponentMLP, whose images are made by the last steps
-TIME_WIDTH: Positive = 0.8  # Likewise; 2 for ComponentMLP
+TIME_MEDIAN: InnerFraction = 0.69  # Of "logit_normal"; 0.3 for ComponentMLP, whose images take shape in the last steps
+TIME_WIDTH: Positive = 0.8  # Of "logit_normal", the standard deviation of the logit; 2 for ComponentMLP
 EMA_BETA: Fraction = 0.9999  # 0.999 for runs of under 50000 steps
 EMA_UPDATE_EVERY: Count = 10  # Steps between updates of the EMA; 1 for short runs
 SEED: Whole = 42  # Of weights, order of data, times and noise
 
-CFG_SCALE: Guidance = 5.0  # Guidance scale of samples, wherever the checkpoint is used; 1 is no guidance
-NUM_ODE_STEPS: Steps = 50  # From noise to image, likewise
-SOLVER: Literal[(*flow.SOLVERS,)] = "euler"  # Likewise; "multistep" needs fewer steps; "heun" evaluates twice in each
-TIME_GRID: Literal[flow.TIME_GRIDS] = "uniform"  # Of the steps; "logit" for SOLVER = "multistep"
-FIRST_TIME: FirstTime = 0.9  # Of TIME_GRID = "logit", after 1; nearer to it, with more steps, for more varied images
-LAST_TIME: LastTime = 0.03  # Of the same, before 0; less for images with noise, with more steps
+CFG_SCALE: Guidance = 5.0  # Guidance scale, 1 is no guidance; the checkpoint keeps it and all down to TOLERANCE
+NUM_ODE_STEPS: Steps = 50  # Steps from noise to image
+SOLVER: Literal[(*flow.SOLVERS,)] = "euler"  # "multistep" needs fewer steps; "heun" takes two NFE a step
+TIME_GRID: Literal[flow.TIME_GRIDS] = "uniform"  # Spacing of the times of the steps; "logit" for SOLVER = "multistep"
+FIRST_TIME: FirstTime = 0.9  # First time below 1 of TIME_GRID = "logit"; nearer to 1, with more steps, for more variety
+LAST_TIME: LastTime = 0.03  # Last time above 0 of TIME_GRID = "logit"; less, with more steps, for images with noise
 TOLERANCE: NotNegative | None = None  # 0.04: images that the last step changes by over 4% get twice the steps
 NUM_SAMPLES_PER_CLASS: Count = 4  # Samples of each class in a grid
 SAMPLE_INTERVAL: Count = 10  # Epochs between sample grids
 CHECKPOINT_SAVE_INTERVAL: Count = 10  # Epochs between checkpoints
-CHECKPOINT_SAVE_MINUTES: NotNegative = 3.0  # At most between checkpoints, within an epoch too, where the newest is kept
+CHECKPOINT_SAVE_MINUTES: NotNegative = 3.0  # Most minutes between checkpoints; within an epoch, only the newest is kept
 KEEP_CHECKPOINTS: Count = 3  # Newest checkpoints of whole epochs to keep, beside the best one by validation loss
 RESUME: str = "auto"  # Goes on from the newest whole checkpoint; "never" starts anew, a path goes on from that file
 
@@ -107,10 +107,10 @@ AMP_DTYPE: Literal[None, "float16", "bfloat16"] = None  # "bfloat16" on a recent
 COMPILE: bool = False  # True compiles the network first: for long runs on a GPU
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
 
-WORTH_STARTING_HOURS: Positive = 168.0  # A run estimated to take longer is announced with the size that would not
+WORTH_STARTING_HOURS: Positive = 168.0  # Where a run is estimated to take longer, a size that takes less is named
 
 _VALIDATION_IMAGES = 512  # enough to tell the best checkpoint
-_FITTED_BYTES = 2**30  # of images, at most, that principal components are fitted to
+_FITTED_BYTES = 2**30  # of the images, at most, that principal components are fitted to
 
 
 def main() -> None:
@@ -124,11 +124,11 @@ def main() -> None:
     run = Run(globals(), "dit_conditional_ckpts/dit_conditional", device, of_today)
     before = generator_before(run, images)
     images.scaling = validation.scaling = choose_scaling(images, before)
-    images.images = flow.to_network_range(images.images)  # once and for all epochs
+    images.images = flow.to_network_range(images.images)  # once for all epochs
     generator = prepare_generator(images, before, run.found or START_PATH)
     run.begin(images, generator.description())
     network = generator.to(device).network
-    guidance = CFG_SCALE if len(images.classes) > 1 else 1.0  # of one class, there is nothing to be truer to
+    guidance = CFG_SCALE if len(images.classes) > 1 else 1.0  # guidance needs several classes
     generator.sampler = flow.Sampler(NUM_ODE_STEPS, guidance, SOLVER, TIME_GRID, TOLERANCE, LAST_TIME, FIRST_TIME)
     run.content |= {"sampler": asdict(generator.sampler)}
     phases = take_population(generator, images, run)
@@ -181,7 +181,7 @@ def main() -> None:
                 loss += share.detach()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
-            # The scaler leaves out steps that overflow and goes on with smaller numbers
+            # The scaler skips steps that overflow and goes on with a smaller scale
             overflow = scaler.is_enabled() and not norm.isfinite() and scaler.get_scale() > 1
             loss, stop = run.check(loss, 0.0 if overflow else norm.item())
             if stop:
@@ -206,10 +206,10 @@ def main() -> None:
 
 
 def check_settings(num_images: int) -> None:
-    """Refuses settings of which one defeats another, or that do not fit the images.
+    """Refuses settings that contradict each other or do not fit the images.
 
     Raises:
-        InputError: that names them.
+        InputError: with the names of those settings.
     """
     if num_images < BATCH_SIZE:
         fewer = f"take --batch_size {max(1, num_images // 4)}"
@@ -228,17 +228,17 @@ def check_settings(num_images: int) -> None:
         raise InputError(f"CFG_SCALE {CFG_SCALE:g} needs hidden labels: raise LABEL_DROPOUT, or take CFG_SCALE 1", 2)
     if WARMUP_EPOCHS >= EPOCHS:
         raise InputError(
-            f"WARMUP_EPOCHS {WARMUP_EPOCHS:g} must be less than EPOCHS {EPOCHS}: the rate never gets there", 2
+            f"WARMUP_EPOCHS {WARMUP_EPOCHS:g} must be less than EPOCHS {EPOCHS}: the warm-up never ends", 2
         )
     if MIN_LEARNING_RATE > LEARNING_RATE:
         raise InputError(f"MIN_LEARNING_RATE {MIN_LEARNING_RATE:g} is more than LEARNING_RATE {LEARNING_RATE:g}", 2)
 
 
 def generator_before(run: Run, images: NpyDataset) -> Generator | None:
-    """The generator that a run goes on with, or that at START_PATH, or None.
+    """The generator of the checkpoint that a run goes on from, or the one at START_PATH, or None.
 
     Raises:
-        InputError: when it is of other classes or images.
+        InputError: when it has other classes, or is for other images.
     """
     path = run.found or START_PATH
     if not path:
@@ -250,10 +250,10 @@ def generator_before(run: Run, images: NpyDataset) -> Generator | None:
 
 
 def choose_scaling(images: NpyDataset, before: Generator | None) -> scaling.Scaling:
-    """SCALING for these images, or that of a generator to go on with.
+    """SCALING fitted to these images, or the scaling of the generator to go on with.
 
     Raises:
-        InputError: when that one is of another kind, or these images are not brighter than their sky.
+        InputError: when that generator has another kind of scaling, or these images are not brighter than their sky.
     """
     if before:
         if before.scaling.kind != SCALING:
@@ -268,10 +268,10 @@ def choose_scaling(images: NpyDataset, before: Generator | None) -> scaling.Scal
 
 
 def choose_parameters(images: NpyDataset, before: Generator | None) -> tuple[Parameter, ...]:
-    """PARAMETERS as these images have them, or those of a generator to go on with that has any.
+    """PARAMETERS fitted to these images, or those of the generator to go on with, if it has any.
 
     Raises:
-        InputError: when those are others, or where images are turned, and their parameters would no longer be true.
+        InputError: when these two differ, or when AUGMENT turns images, whose parameters would no longer be true.
     """
     names = [name_of(specification) for specification in PARAMETERS]
     if AUGMENT != "none" and (names or (before and before.lens_parameters)):
@@ -280,7 +280,7 @@ def choose_parameters(images: NpyDataset, before: Generator | None) -> tuple[Par
         if names and not are_of(PARAMETERS, before.lens_parameters):
             told = ",".join(of.specification for of in before.lens_parameters)
             raise InputError(f"the generator to go on with has other parameters, order or scales: {told}", 2)
-        images.phases(before.lens_parameters)  # which says what is missing
+        images.phases(before.lens_parameters)  # raises an error that says what is missing
         return before.lens_parameters
     if not names:
         return ()
@@ -293,20 +293,20 @@ def choose_parameters(images: NpyDataset, before: Generator | None) -> tuple[Par
 
 
 def prepare_generator(images: NpyDataset, before: Generator | None, path: str | Path | None) -> Generator:
-    """The generator of MODEL_SIZE and of the constants that are set beside it, or that of START_PATH with its weights.
+    """The generator of MODEL_SIZE, changed by the constants set beside it, or that of START_PATH with its weights.
 
     Args:
-        before: a generator to go on with, whose principal components stay, from a checkpoint at ``path``.
+        before: the generator to go on with, from the checkpoint at ``path``; its principal components are kept.
 
     Raises:
-        InputError: for a network that cannot be, or is not that of START_PATH.
+        InputError: for a network that is impossible, or differs from that of START_PATH.
     """
     parameters = choose_parameters(images, before)
     sizes = {"patch_size": PATCH_SIZE, "hidden_size": LATENT_DIM, "depth": MODEL_DEPTH, "num_heads": MODEL_HEADS}
     given = {name: value for name, value in (sizes | {"prediction": PREDICTION}).items() if value is not None}
     if START_PATH:
         size = dict(SIZES.get(MODEL_SIZE, {}))
-        size.pop("components", None)  # its own stay
+        size.pop("components", None)  # it keeps its own
         return start_from(before, path, size | given, parameters)
     size = MODEL_SIZE or "NanoDiT-B/2"
     changes, codec = dict(given), None
@@ -329,7 +329,7 @@ def prepare_generator(images: NpyDataset, before: Generator | None, path: str | 
     changed = "".join(f", but {name} {value}" for name, value in given.items())
     print(f"network: {size}{changed}: {in_words(generator)}")
     if getattr(generator.network, "patch_size", 0) >= 8 and generator.prediction == "velocity":
-        print('patches so large learn the velocity badly: PREDICTION = "image" is made for them')
+        print('a network of such large patches learns the velocity badly: PREDICTION = "image" is made for them')
     return generator
 
 
@@ -347,15 +347,15 @@ def in_words(generator: Generator) -> str:
 def start_from(
     generator: Generator, path: str | Path, wanted: dict[str, Any], parameters: tuple[Parameter, ...]
 ) -> Generator:
-    """The generator at START_PATH, or of a run that began with it, to be trained further, and told parameters from now
-    on where it had none.
+    """The generator at START_PATH, or of a run that began with it, to be trained further. If it had no parameters, it
+    gets ``parameters``.
 
     Args:
-        path: of the checkpoint that it is from.
-        wanted: what the constants say that it should be.
+        path: of its checkpoint.
+        wanted: the size and prediction that the constants ask for.
 
     Raises:
-        InputError: when it is not as ``wanted``.
+        InputError: when the generator differs from ``wanted``.
     """
     known = generator.description()
     known |= known["model_config"]
@@ -367,7 +367,7 @@ def start_from(
 
 
 def take_population(generator: Generator, images: NpyDataset, run: Run) -> Tensor | None:
-    """Phases (n, parameters) of the images, of which the generator and its checkpoints keep some; None without any."""
+    """Phases (n, parameters) of the images, or None without parameters; the generator and its checkpoints keep some."""
     phases = generator.phases_of(images)
     if phases is not None:
         generator.population = Population.of(images.labels, phases, generator.lens_parameters)
@@ -378,7 +378,7 @@ def take_population(generator: Generator, images: NpyDataset, run: Run) -> Tenso
 def draw_condition(
     generator: Generator, labels: Tensor, phases: Tensor | None, batch: Tensor, random: torch.Generator
 ) -> Tensor:
-    """What the network is told of the images of a batch: their labels and parameters, of which some are hidden."""
+    """What the network is told about the images of a batch: their labels and parameters, some of them hidden."""
     null_label = len(generator.classes)
     labels = flow.drop_labels(labels, null_label, LABEL_DROPOUT, random)
     if phases is None:
@@ -401,7 +401,7 @@ def warmup_cosine(warmup: float, total: int, step: int) -> float:
 def validation_loss(
     generator: Generator, network: flow.Velocity | nn.Module, dataset: NpyDataset, most: int = _VALIDATION_IMAGES
 ) -> float:
-    """Loss of a network on at most so many validation images; they, their times and noise are the same every time."""
+    """Loss of a network on at most ``most`` validation images; images, times and noise are the same every time."""
     random = flow.generator_of(SEED, 0, generator.device)
     index = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:most]
     phases = generator.phases_of(dataset)
@@ -417,7 +417,7 @@ def validation_loss(
 
 
 def report(history: list[dict[str, float]]) -> None:
-    """The last epoch in a line."""
+    """Prints the last epoch in a line."""
     row = history[-1]
     best = row["val_loss"] == min(row["val_loss"] for row in history)
     skipped = f", {row['skipped_steps']} steps skipped in float16" if row["skipped_steps"] else ""
@@ -428,7 +428,7 @@ def report(history: list[dict[str, float]]) -> None:
 
 
 def write_samples(output: Path, epoch: int, generator: Generator) -> None:
-    """A grid of samples, a row a class, and their arrays. The noise is the same every time, to show progress."""
+    """Writes a grid of samples, a row a class, and their arrays. The noise is the same every time, to show progress."""
     labels = torch.arange(len(generator.classes)).repeat_interleave(NUM_SAMPLES_PER_CLASS)
     images = generator.generate(labels).numpy()
     by_class = {name: images[labels == label] for label, name in enumerate(generator.classes)}
@@ -443,7 +443,7 @@ def write_samples(output: Path, epoch: int, generator: Generator) -> None:
 
 
 def announce(generator: Generator, num_images: int) -> None:
-    """Says what is trained, and when that would take over WORTH_STARTING_HOURS, which size takes less."""
+    """Prints what is trained; if that would take over WORTH_STARTING_HOURS, also a size that takes less."""
     processes = f", {distributed.size()} processes" if distributed.size() > 1 else ""
     parameters = sum(p.numel() for p in generator.parameters() if p.requires_grad)
     print(f"{parameters:,} trainable parameters, training on {generator.device.type}{processes}")

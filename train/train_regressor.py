@@ -1,11 +1,11 @@
-"""Trains ResNet18 to read the PARAMETERS of the lenses of DATA_DIR; evaluation asks it whether generated lenses have
-those that they were asked for.
+"""Trains ResNet18 to read PARAMETERS off the lens images of DATA_DIR. Evaluation checks with it whether generated
+lenses have the parameters that they were asked for.
 
     python train/train_regressor.py --parameters source_x,source_y,axion_mass
 
 Writes to OUTPUT_DIR: regressor_ckpts/resnet18_best.pt, the best epoch by validation loss, training_metrics.png and
-training_metrics.csv, and recovery.png, what it reads off test images. A run that was stopped goes on from the newest of
-regressor_ckpts/, on a CPU to the last bit as if it had not been.
+training_metrics.csv, and recovery.png, what it reads off test images. A run that was stopped goes on from the newest
+checkpoint; on a CPU it ends with the same bits as a run that was never stopped.
 """
 
 import math
@@ -33,16 +33,16 @@ from train.run import Run
 
 DATA_DIR: str = "data"  # Folder of images with their parameters, see docs/parameters.md
 OUTPUT_DIR: str = "regressor_training_resnet18"  # Change it to keep an earlier regressor
-PARAMETERS: Names = ()  # To be read, as in train_diffusion.py: "source_x,axion_mass:log10"
+PARAMETERS: Names = ()  # Parameters to read, written as in train_diffusion.py: "source_x,axion_mass:log10"
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" trains without the files that cannot be read
 ON_MISSING_CLASS: Literal["raise", "go_on"] = "raise"  # "go_on" trains although a class has no images
-CACHE_DIR: str | None = None  # Where packed images are kept; None is in DATA_DIR itself, if it can be written to
-IMAGE_SIZE: Annotated[int, Interval(8, 1024)] = 64  # Pixels to resize images to
+CACHE_DIR: str | None = None  # Where packed images are kept; None means DATA_DIR itself, if it can be written to
+IMAGE_SIZE: Annotated[int, Interval(8, 1024)] = 64  # Pixels on a side to resize images to
 BATCH_SIZE: Count = 64  # Raise it for a GPU, with the learning rate
 LEARNING_RATE: Positive = 1e-3  # Reduce when the loss is NaN
 EPOCHS: Epochs = 20  # More is better
-SEED: Whole = 42  # Of weights and order
-CHECKPOINT_SAVE_MINUTES: NotNegative = 3.0  # At most between checkpoints; every epoch ends with one
+SEED: Whole = 42  # Of the first weights and the order of images
+CHECKPOINT_SAVE_MINUTES: NotNegative = 3.0  # Most minutes between checkpoints; every epoch ends with one
 RESUME: str = "auto"  # Goes on where the run was stopped; "never" starts anew, a path goes on from the checkpoint there
 AMP_DTYPE: Literal[None, "bfloat16"] = None  # "bfloat16" on a recent GPU
 DEVICE: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" takes the GPU when there is one
@@ -57,7 +57,7 @@ def main() -> None:
     if len(train) < BATCH_SIZE:
         raise InputError(f"--batch_size {BATCH_SIZE} is more than the {len(train)} training images of {DATA_DIR}", 2)
     run = Run(globals(), "regressor_ckpts/resnet18", device)
-    parameters = regressor_in(run.state, run.found).lens_parameters if run.state else ()  # to go on with
+    parameters = regressor_in(run.state, run.found).lens_parameters if run.state else ()  # of an earlier checkpoint
     if not are_of(PARAMETERS, parameters):
         columns = train.columns(map(name_of, PARAMETERS))
         parameters = fit(PARAMETERS, columns, [train.classes[label] for label in train.labels.tolist()])
@@ -94,7 +94,7 @@ def main() -> None:
             scheduler.step()
             run.add(len(batch), loss)
 
-        # The running averages of batch normalization lag behind weights that change fast: take them anew
+        # The running averages of batch normalization lag behind weights that change fast: compute them anew
         some = batches[: math.ceil(2048 / BATCH_SIZE)]
         update_bn((classifier_transforms(train.images[part].to(device), IMAGE_SIZE) for part in some), model)
         val_loss = Recovery.of(model.eval(), val).loss()
@@ -121,7 +121,7 @@ def mean_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def report(model: LensRegressor, test: NpyDataset) -> None:
-    """Prints how well it reads each parameter of test images, and draws it."""
+    """Prints and draws how well the regressor reads each parameter off test images."""
     found = Recovery.of(model, test)
     for name, row in found.table().items():
         print(f"{name}: R^2 {row['r2']:.4f}, bias {row['bias']:.3g}, scatter {row['scatter']:.3g} {row['unit']}")

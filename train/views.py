@@ -1,4 +1,4 @@
-"""What a classifier is shown of its training images: as a telescope sees them, and some that are made unlike them."""
+"""Views of training images for a classifier: as a telescope sees them, and some that are altered to be unlike them."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,11 +11,11 @@ from simulate.instrument import Observer
 from train.orientations import SYMMETRIES, draw_orientations, oriented, turned
 
 KINDS = ("like", "noisier", "another scale", "another sharpness", "turned or mirrored", "no such lens")
-_FAINT = (1e-3, 0.3)  # of the least depth, from pure noise to what is noisier
+_FAINT = (1e-3, 0.3)  # times the least depth: from pure noise to images somewhat noisier than usual
 _ZOOM = (1.15, 1.8)  # times larger or smaller
 _BLUR = (0.5, 2.5)  # pixels, standard deviation
-_SHARPEN = (0.7, 3.0)  # times what a blur by 0.8 pixels takes away
-_PIECES = 4  # on a side, of an image that is put together in another order
+_SHARPEN = (0.7, 3.0)  # times the detail that a blur by 0.8 pixels removes
+_PIECES = 4  # on a side, into which an image is cut to be put together in another order
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Views:
 
     Args:
         observer: the telescope; None leaves images without noise.
-        depths: how many times as long as ``observer`` says it looks, from the least to the most: log-uniform.
+        depths: least and most exposure time, relative to that of ``observer``; drawn log-uniformly for each image.
         clean: share of images without noise.
-        symmetry: orientations that images come in, a name of ``SYMMETRIES``.
-        shift: pixels that an image is moved by at most, along each axis.
-        unlike: share of images shown beside that are made unlike the others.
+        symmetry: orientations that images are shown in, a name of ``SYMMETRIES``.
+        shift: largest shift of an image along each axis, in pixels.
+        unlike: share of extra images that are made unlike the others.
     """
 
     observer: Observer | None
@@ -39,8 +39,8 @@ class Views:
     unlike: float
 
     def shown(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Views of images (n, c, s, s) in [0, 1], with those made unlike behind them, (n + m, c, s, s), and the numbers
-        of their KINDS (n + m,)."""
+        """Views of images (n, c, s, s) in [0, 1], followed by m that are made unlike them, (n + m, c, s, s); and for
+        each its index in KINDS, (n + m,)."""
         like, some = self._observed(self._moved(images, random), random), round(self.unlike * len(images))
         kinds = torch.zeros(len(images), dtype=torch.long, device=images.device)
         if not some:
@@ -49,14 +49,14 @@ class Views:
         return torch.cat([like, others]), torch.cat([kinds, of_others])
 
     def of_all(self, images: Tensor, seed: int, depth: float | None = None) -> Tensor:
-        """One view of each image, always the same one; all of one depth where it is given."""
+        """One view of each image, always the same for a seed; all have ``depth`` if it is given."""
         views = self if depth is None else replace(self, depths=(depth, depth), clean=0.0)
         random = torch.Generator().manual_seed(seed)
         parts = (views._observed(self._moved(part, random), random) for part in images.split(1024))
         return torch.cat(list(parts))
 
     def made_unlike(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Views of images, each made unlike them in one way, and the numbers of their KINDS (n,)."""
+        """Views of images, each altered to be unlike them in one way, and the index of that way in KINDS, (n,)."""
         others = [way for way in SYMMETRIES["square"] if way not in SYMMETRIES[self.symmetry]]
         possible = [k for k in range(1, len(KINDS)) if (k != 1 or self.observer) and (k != 4 or others)]
         number = torch.randint(len(possible), (len(images),), generator=random, device=random.device)
@@ -67,7 +67,7 @@ class Views:
         return self._observed(made, random, kinds == 1), kinds
 
     def _made(self, image: Tensor, kind: int, others: list, random: torch.Generator) -> Tensor:
-        """An image (c, s, s) made unlike in one way."""
+        """An image (c, s, s) altered in the way of KINDS[kind]; "noisier" is left to ``_observed``."""
         u, up = torch.rand(2, generator=random, device=random.device).tolist()
         if kind == 2:
             return _zoomed(image, _between(_ZOOM, u) ** (1 if up < 0.5 else -1))
@@ -111,7 +111,7 @@ def _between(ends: tuple[float, float], u: float) -> float:
 
 
 def _zoomed(image: Tensor, factor: float) -> Tensor:
-    """An image (c, s, s) so many times larger around its centre; what is beyond its edge is as dark as that."""
+    """An image (c, s, s) magnified by ``factor`` around its centre; beyond its edge, the edge is repeated."""
     grid = F.affine_grid(torch.eye(2, 3, device=image.device)[None] / factor, [1, *image.shape], align_corners=False)
     return F.grid_sample(image[None], grid, "bilinear", "border", align_corners=False)[0]
 
