@@ -5,6 +5,7 @@ import gc
 import os
 import runpy
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def steps_as_shipped():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
         yield learn_little()
+
+
+@pytest.fixture
+def heard():
+    """Tests that send signals receive them, although nohup or a shell in the background makes processes ignore some."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

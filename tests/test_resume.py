@@ -80,7 +80,7 @@ def signalled(number):
 
 
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 10), (signal.SIGINT, 1), (signal.SIGHUP, 8)])
-def test_a_signal_saves_and_the_run_goes_on_from_there(straight, train, monkeypatch, capsys, number, step):
+def test_a_signal_saves_and_the_run_goes_on_from_there(straight, train, heard, monkeypatch, capsys, number, step):
     with monkeypatch.context() as patch:
         patch.setattr(flow, "to_velocity", at_step(step, signalled(number)))
         run = train()

@@ -1,6 +1,5 @@
 """The simulator gives the published code's images, and the same ones every time."""
 
-import functools
 import os
 import signal
 import subprocess
@@ -167,12 +166,11 @@ def test_a_damaged_table_is_named(data_copy, size):
         simulate_lenses.reserve_folder(data_copy, sim.parameter_table(1, 0))
 
 
-def test_ctrl_c_leaves_whole_files_and_one_line(tmp_path):
+def test_ctrl_c_leaves_whole_files_and_one_line(tmp_path, heard):
     command = [sys.executable, str(ROOT / "simulate/simulate_lenses.py"), "--data_dir", str(tmp_path)]
     command += ["--num_per_class", "1000"]  # seconds of work
-    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what nohup starts ignores Ctrl-C
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stderr=pipe, stdout=pipe, start_new_session=True, preexec_fn=listen)
+    process = subprocess.Popen(command, stderr=pipe, stdout=pipe, start_new_session=True)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("*/*.npy"))) < 20 and time.monotonic() < deadline:
         time.sleep(0.05)
