@@ -1,8 +1,8 @@
 """The small generator's own parts: principal components of images, and a residual MLP that works on them.
 
-Clean lens images span few of the many directions that noise fills, and most of those hold little light. In pixels, a
-network learns the faint directions last. The codec keeps the first principal components (the bottleneck of
-arXiv:2511.13720, Sec. 4.3, with fixed weights), and flow and network live in their coefficients.
+Noise varies along all directions of pixel space, but clean lens images along few, and most of these hold little light.
+A network that works on pixels learns such faint directions last. So the codec keeps the first principal components (the
+bottleneck of arXiv:2511.13720, Sec. 4.3, with fixed weights), and flow and network work on their coefficients.
 """
 
 import math
@@ -27,39 +27,39 @@ from models.layers import (
 )
 from models.noise import NoiseLaw
 
-_LIGHT = 0.2153  # root mean square that images are scaled to; simulated lenses in [-1, 1] have it on average
-_FAINTEST = 0.2  # of the brightest component: with less, the bright ones are learned too late
-# What components leave over is noise, and not faint structure, when more than a tenth of its power is there in the sky,
-# where there is no light, or at the highest frequencies (from a share of the largest on); the latter are told from
-# structure only where they are more than 2% of the light
+_LIGHT = 0.2153  # root mean square of light for 64 pixels on a side: the average of simulated lenses in [-1, 1]
+_FAINTEST = 0.2  # floor in ``weigh``, over the largest deviation; with a lower one, bright components learn too late
+# The residual (what components leave over) is noise, not faint structure, if one of two shares is over ``_WHITE``: its
+# mean square in the sky, where there is no light, or its power at the highest frequencies (from ``_HIGHEST`` of the
+# largest on), each divided by its mean square. Its RMS over that of the light must also exceed ``_IN_SKY`` or, for the
+# second share, ``_NOISY``: high frequencies do not tell a fainter residual from structure
 _WHITE, _HIGHEST, _IN_SKY, _NOISY = 0.1, 0.8, 0.001, 0.02
-_OVERFITTED = 2.0  # components of so much more variance in the images they are fitted to than in others are left out
-_NOISE_OF = 4  # pixels to a component of noisy images; more components leave too little to learn the law of noise from
-NOISINESS = 3  # coefficients of a noisy image beside those of its components: two noise levels, and its brightest pixel
-_FARTHEST = 5.0  # deviations of these that an image may have: one in a thousand was drawn with 9, and spoiled
-_QUARTER = 4  # the faintest and the brightest part of an image, on average, are so many of all pixels
-_WIDTHS = tuple(0.03 * 2**i for i in range(8))  # of the bells of a deflection at first, in phases of a place
-_NOT_KEPT = ("self", "__class__", "image_shape")  # of a network's arguments
-_LEADING, _OCTAVES = 5, 4  # components that the network also sees as Fourier features, and wavelengths of each
+_OVERFITTED = 2.0  # components are left out if their variance in the fitted images is this many times that in others
+_NOISE_OF = 4  # pixels for each component of noisy images; with fewer, too little is left to learn the noise law from
+NOISINESS = 3  # additional coefficients of a noisy image: noise levels of sky and light, and its brightest pixel
+_FARTHEST = 5.0  # limit of these, in standard deviations: one generated image in a thousand had 9, and was spoiled
+_QUARTER = 4  # noise levels are measured in 1 of 4 pixels: the faintest on average for the sky, the brightest for light
+_WIDTHS = tuple(0.03 * 2**i for i in range(8))  # of the bells of a deflection before training, in phases of a position
+_NOT_KEPT = ("self", "__class__", "image_shape")  # names in a network's ``__init__`` that its ``config`` leaves out
+_LEADING, _OCTAVES = 5, 4  # leading coefficients that the network also sees as Fourier features, and octaves of each
 
 
 class PrincipalComponents(nn.Module):
-    """Codec between images and coefficients of their first principal components.
+    """Codec between images and the coefficients of their first principal components.
 
     The vectors are orthonormal, so Gaussian noise in pixels is Gaussian noise in coefficients, and the flow is the same
-    in both. Noise of the images themselves is more than components can hold: what they leave over is drawn anew by a
-    ``NoiseLaw``, and three more coefficients are how noisy the sky and the light of an image are and how bright its
-    brightest pixel, by which all others are scaled.
+    in both. Components cannot hold the noise of the images themselves: a ``NoiseLaw`` draws it anew. Three additional
+    coefficients describe it: the noise levels of sky and light, and the brightest pixel, by which an image is scaled.
 
     Args:
         image_shape: (c, h, w).
         size: number of components.
         noisy: whether the images have noise.
-        keeps_flux: whether how bright an image is belongs to it; if not, images are filled to [0, 1].
+        keeps_flux: whether images keep their brightness; if not, each decoded image fills [0, 1].
 
     Attributes:
-        config: of the arguments, what does not follow from the network.
-        standard_deviation: of each coefficient over the training images, (size,), or (size + NOISINESS,) of noisy ones.
+        config: the arguments that do not follow from the network, ``noisy`` and ``keeps_flux``, where they are true.
+        standard_deviation: of each coefficient over the training images, (size,), or (size + NOISINESS,) if noisy.
     """
 
     def __init__(self, image_shape: tuple[int, ...], size: int, noisy: bool = False, keeps_flux: bool = False):
@@ -72,31 +72,31 @@ class PrincipalComponents(nn.Module):
         self.mean = nn.Parameter(torch.zeros(pixels), requires_grad=False)
         self.vectors = nn.Parameter(torch.zeros(pixels, size), requires_grad=False)
         self.standard_deviation = nn.Parameter(torch.ones(size + NOISINESS * noisy), requires_grad=False)
-        # Root mean square of the light of all images, where it is not scaled to the same in each
+        # Root mean square of the light over all images, if they are not scaled one by one
         self.brightness = nn.Parameter(torch.tensor(1.0), requires_grad=False) if keeps_flux else None
-        # Mean and deviation of the logarithms of noise levels over the brightest pixel, and of that pixel
+        # Mean and standard deviation of each of the logarithms that ``_noisiness`` returns
         noisiness = torch.tensor([[0.0] * NOISINESS, [1.0] * NOISINESS])
         self.noisiness = nn.Parameter(noisiness, requires_grad=False) if noisy else None
         self.noise = NoiseLaw(image_shape) if noisy else None
 
     @classmethod
     def fitted(cls, images: Tensor, size: int, keeps_flux: bool = False) -> "PrincipalComponents":
-        """The codec of images (n, c, h, w) in [-1, 1] and in random order, with ``size`` components at most (Halko et
-        al. 2009, arXiv:0909.4061)."""
+        """Fits a codec with at most ``size`` components (Halko et al. 2009, arXiv:0909.4061) to images (n, c, h, w) in
+        [-1, 1], which must be in random order."""
         brightness = _brightness(images).square().mean().sqrt() if keeps_flux else None
         light = _light(images, brightness)
         mean, power_of_light = light.mean(0), light.square().mean()
         light -= mean  # in place: it may be a gigabyte
         size, pixels = min(size, len(light) // 2, light.shape[1]), light.shape[1]
-        fewer = min(size, pixels // 2)  # all of them would leave nothing over to tell noise by
+        fewer = min(size, pixels // 2)  # as many components as pixels would leave no residual to find noise in
         vectors = _principal(light, fewer)
         left = light - light @ vectors @ vectors.T
         white = _white_noise(left.view(images.shape)) * len(light) / (len(light) - fewer)
         noisy = _is_noise(left.square().mean(0), white, mean, power_of_light)
         others = -(-len(light) // 4)
         if noisy:
-            # Components are fitted to the noise of those very images, too. Of which they are little else, and what
-            # noise is, is told by other images
+            # Components also fit the noise of the images that they are fitted to. Other images, the first ``others``,
+            # show which components are mostly such noise; the noise law is learned from those other images, too
             quiet = _without_noise(light[others:].view(-1, *images.shape[1:]), white).flatten(1)
             vectors = _principal(quiet, max(1, min(size, pixels // _NOISE_OF)))
             here, there = ((part @ vectors).square().mean(0) for part in (light[others:], light[:others]))
@@ -117,21 +117,22 @@ class PrincipalComponents(nn.Module):
         return codec
 
     def _fit_noise(self, light: Tensor, left: Tensor, others: int) -> None:
-        """Sets noise level and noise law by light (n, pixels) and what the components leave over of it; the law by the
+        """Sets ``noisiness`` from light (n, pixels) and its residual ``left`` (n, pixels). Fits the noise law to the
         first ``others`` images, to which the components are not fitted."""
         noisiness = self._noisiness(light, left)
         self.noisiness.copy_(torch.stack([noisiness.mean(0), noisiness.std(0).clamp_min(1e-3)]))
         self.standard_deviation[-NOISINESS:] = self.standard_deviation[0]  # as important as the brightest component
         light, left, noisiness = light[:others], left[:others], noisiness[:others]
-        # ``decode`` draws noise around a smooth part that it takes that noise's own components off. The law is learned
-        # around the same: noise like that of the image, of random signs, stands for the noise that will be drawn
+        # ``decode`` draws noise around a smooth part, from which it has subtracted the share of that noise within the
+        # components. The law is learned around such a smooth part: the residual with random signs, scaled up to all of
+        # the noise, stands for the noise that ``decode`` will draw
         share = self.vectors.square().sum(1).clamp_max(0.95)
         sign = torch.randint(2, left.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
         smooth = light - left - (sign * left / (1 - share).sqrt()) @ self.vectors @ self.vectors.T
         self.noise.fit(self._as_images(light), self._as_images(smooth), (noisiness[:, :2] + noisiness[:, 2:]).exp())
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) in [-1, 1] to coefficients (n, size), or (n, size + NOISINESS) of noisy ones."""
+        """Images (n, c, h, w) in [-1, 1] to coefficients (n, size), or (n, size + NOISINESS) for noisy images."""
         light = _light(images, self.brightness)
         coefficients = (light - self.mean) @ self.vectors
         if self.noise is None:
@@ -144,7 +145,7 @@ class PrincipalComponents(nn.Module):
         """Coefficients to images (n, c, h, w), each of which fills [0, 1] unless flux is kept.
 
         Args:
-            white: Gaussian noise (n, c, h, w) that the noise of the images is made of; for noisy ones alone.
+            white: Gaussian noise (n, c, h, w), which becomes the noise of the images; needed for noisy images only.
         """
         smooth = F.linear(coefficients[:, : self.vectors.shape[1]], self.vectors, self.mean)
         if self.noise is None:
@@ -157,18 +158,18 @@ class PrincipalComponents(nn.Module):
             level, peak = noisiness.exp().split([2, 1], 1)
             level = level * peak
             noise = self.noise.draw(self._as_images(smooth), level, white).flatten(1) - smooth
-            # The coefficients hold the noise within the components already: it is taken off, not to come twice
+            # The coefficients already contain the noise within the components. Without this line, it would come twice
             smooth = smooth - noise @ self.vectors @ self.vectors.T
             light = _between(self.noise.draw(self._as_images(smooth), level, white), self.brightness is None, peak)
         return normalize(light) if self.brightness is None else light * (self.brightness / _light_of(light.shape) / 2)
 
     def _noisiness(self, light: Tensor, left: Tensor) -> Tensor:
-        """Logarithms of two noise levels over the brightest pixel, and of that pixel, (n, NOISINESS), of light
-        (n, pixels) of which components leave ``left`` over.
+        """Logarithms (n, NOISINESS) of two noise levels, each divided by the brightest pixel, and of that pixel, from
+        light (n, pixels) and its residual ``left`` (n, pixels).
 
-        The levels are those of the pixels that are faintest and brightest on average: structure that is left over adds
-        to the noise of the light, and not to that of the sky. Images are scaled by their brightest pixel, so over that
-        one their noise varies little; drawn apart, the errors of both would add up.
+        The level of the sky is measured in the pixels that are faintest on average, that of light in the brightest.
+        Structure in the residual adds to the level of light, not to that of the sky. Images are scaled by their
+        brightest pixel, so the ratio of level and pixel varies little. Generated apart, their errors would add up.
         """
         order, part = self.mean.argsort(), len(self.mean) // _QUARTER
         peak = light.amax(1).clamp_min(1e-6)
@@ -190,16 +191,16 @@ def _principal(light: Tensor, size: int) -> Tensor:
 
 
 def _is_noise(left: Tensor, white: Tensor, mean: Tensor, power_of_light: Tensor) -> bool:
-    """Whether what components leave over, of mean power (pixels,) of which ``white`` (c,) is at the smallest scales, is
-    noise: see ``_WHITE``."""
-    sky = left[mean.argsort()[: len(mean) // 10]].mean()  # where there is no light, structure has none to leave
+    """Whether the residual is noise, see ``_WHITE``, from its mean square ``left`` (pixels,), its power ``white`` (c,)
+    at the highest frequencies, and the mean (pixels,) and mean square of the light."""
+    sky = left[mean.argsort()[: len(mean) // 10]].mean()  # where there is no light, structure leaves no residual
     share, least = left.mean() / power_of_light, _WHITE * left.mean()
     return bool((sky > least and share > _IN_SKY**2) or (white.mean() > least and share > _NOISY**2))
 
 
 def _between(light: Tensor, from_zero: bool, peak: Tensor) -> Tensor:
-    """Light (n, c, h, w) whose brightest pixel is as bright as ``peak`` (n, 1) says, and whose faintest one is 0 where
-    images are scaled by these two."""
+    """Light (n, c, h, w) with its brightest pixel set to ``peak`` (n, 1) and all others at most ``peak``. ``from_zero``
+    also sets its faintest pixel to 0, for images that are scaled by their minimum and maximum."""
     flat = light.flatten(1)
     found = flat.minimum(peak).scatter(1, flat.argmax(1, keepdim=True), peak)
     return (found.scatter(1, flat.argmin(1, keepdim=True), 0.0) if from_zero else found).view_as(light)
@@ -211,24 +212,24 @@ def _brightness(images: Tensor) -> Tensor:
 
 
 def _light(images: Tensor, brightness: Tensor | None = None) -> Tensor:
-    """Images in [-1, 1] as light (n, c * h * w), 0 where there is none, with the same root mean square, or as bright to
-    each other as they are where that of all images is given.
+    """Images in [-1, 1] as light (n, c * h * w), where 0 is no light. Each image is scaled to the same root mean square
+    or, if the ``brightness`` of all images is given, by the same factor.
 
-    Scaled to the same peak, as files are, the brightness of a lens jumps by 3% as the peak moves from pixel to pixel,
-    which no small network can learn; scaled to the same power it is a smooth function of the source position.
+    Scaled to the same peak, as in files, the brightness of a lens jumps by 3% when the peak moves to the next pixel. No
+    small network can learn this. Scaled to the same power, brightness is a smooth function of the source position.
     """
     brightness = _brightness(images).clamp_min(1e-6) if brightness is None else brightness
     return ((images + 1) * (_light_of(images.shape) / brightness)).flatten(1)
 
 
 def _light_of(shape: Sequence[int]) -> float:
-    """Root mean square of light; coefficients are then as large whatever the number of pixels."""
+    """Root mean square of light for a shape (..., h, w), such that the size of coefficients does not depend on it."""
     return _LIGHT * 64 / shape[-1]
 
 
 def _spectrum(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean power (c, waves) of images (n, c, h, w) at each wave number, of white noise its variance; and the wave
-    number of each frequency of ``torch.fft.rfft2``."""
+    """Mean power (c, wave numbers) of images (n, c, h, w), and the wave number (h, w // 2 + 1) of each frequency of
+    ``torch.fft.rfft2``. The power of white noise is its variance, at each wave number."""
     size = images.shape[-1]
     frequency = torch.fft.fftfreq(size, 1 / size)
     wave_number = (frequency[:, None].square() + frequency[: size // 2 + 1].square()).sqrt().round().long()
@@ -239,15 +240,15 @@ def _spectrum(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _white_noise(images: Tensor) -> Tensor:
-    """Variance (c,) of the white noise in images (n, c, h, w), as the power at their smallest scales has it."""
+    """Variance (c,) of the white noise in images (n, c, h, w): the median power at their smallest scales."""
     return _spectrum(images)[0][:, int(_HIGHEST * images.shape[-1] / 2) :].median(1).values
 
 
 def _without_noise(images: Tensor, variance: Tensor) -> Tensor:
-    """Images (n, c, h, w) of mean 0 behind a Wiener filter, which lets pass what their power spectrum has above white
-    noise of a variance (c,).
+    """Images (n, c, h, w) of mean 0 behind a Wiener filter, which keeps the power that they have above white noise with
+    the given variance (c,).
 
-    Without it, components beyond the first tens are fitted to the noise of the very images they are fitted to.
+    Without the filter, all components after the first few tens fit the noise of the images that they are fitted to.
     """
     spectrum, wave_number = _spectrum(images)
     passed = (1 - variance[:, None] / spectrum.clamp_min(1e-30)).clamp_min(0)[:, wave_number]
@@ -256,24 +257,24 @@ def _without_noise(images: Tensor, variance: Tensor) -> Tensor:
 
 
 class ComponentMLP(ModulatedNetwork):
-    """AdaLN-Zero residual MLP that predicts the clean coefficients of noisy ones, given time and class.
+    """AdaLN-Zero residual MLP that predicts clean coefficients from noisy ones, given time and class.
 
-    The conditioning is that of DiT (arXiv:2212.09748, Fig. 3); instead of attention it has a linear layer.
+    Time and class enter as in DiT (arXiv:2212.09748, Fig. 3). A linear layer takes the place of attention.
 
     Args:
         components: number of coefficients of an image.
         hidden_size: width of the network.
         depth: number of residual blocks.
         num_classes: number of classes; label ``num_classes`` means no class.
-        objects: physical parameters that it can be told, see ``ParameterEmbedder``; none unless given.
-        placed: those of objects that displace light, see ``Displacement``; none unless given.
-        image_shape: of the images, (c, h, w), for ``placed`` alone.
+        objects: indices of the physical parameters that it takes, see ``ParameterEmbedder``; none by default.
+        placed: indices of the parameters of objects that displace light, see ``Displacement``; none by default.
+        image_shape: (c, h, w); needed only with ``placed``.
 
     Attributes:
-        config: the arguments, by name.
+        config: the arguments by name, without ``image_shape`` and empty ones.
         sample_shape: (components,).
         standard_deviation: of each coefficient over the training images; fixed, set by ``adapt_to``.
-        vectors: principal components (pixels, components), likewise; in no checkpoint, since the codec's are.
+        vectors: principal components (pixels, components), set by ``adapt_to``, too; only the codec saves its own.
     """
 
     def __init__(
@@ -308,13 +309,13 @@ class ComponentMLP(ModulatedNetwork):
             self.displacement.initialize()
 
     def adapt_to(self, codec: PrincipalComponents) -> None:
-        """Takes from a codec what is fixed."""
+        """Copies the fixed standard deviations and, with ``placed``, the principal components of a codec."""
         self.standard_deviation.copy_(codec.standard_deviation)
         if self.displacement is not None:
             self.vectors[:, : codec.vectors.shape[1]] = codec.vectors
 
     def told(self, phases: Tensor) -> Tensor:
-        """Phases (n, parameters) to vectors (n, width), behind which is what objects displace, (n, components)."""
+        """Phases (n, parameters) to vectors (n, width), followed by the ``Displacement`` (n, components), if any."""
         vectors = self.p_embedder(phases)
         if self.displacement is None:
             return vectors
@@ -324,7 +325,7 @@ class ComponentMLP(ModulatedNetwork):
         self, z: Tensor, t: Tensor, modulations: Sequence[Tensor], known: Tensor | None = None
     ) -> Tensor:
         displaced = 0.0
-        if self.displacement is not None:  # goes around the blocks, which see and predict the rest
+        if self.displacement is not None:  # this change bypasses the blocks, which see and predict the rest
             known, displaced = known.split([self.x_embedder.out_features, z.shape[1]], 1)
             z = z - (1 - t)[:, None] * displaced
         x = self.x_embedder(fourier_features(z / flow.deviation(self.standard_deviation, t)))[:, None]
@@ -332,24 +333,24 @@ class ComponentMLP(ModulatedNetwork):
 
 
 class Displacement(nn.Module):
-    """What objects beside the lens do to an image by displacing its light: phases (n, parameters) to coefficients
-    (n, components).
+    """Change of an image by objects beside the lens, which displace its light: phases (n, parameters) to the change of
+    coefficients (n, components).
 
     To first order, masses change an image by the deflection of its rays times the gradient of its light (Koopmans 2005,
-    arXiv:astro-ph/0501324); here it is to second order, with the products of deflections times the curvature. The
-    deflection by an object is a sum of Gaussian bells around its place, whose weights follow from the rest that is
-    known of it; gradients and curvatures follow from what is known of the lens. An object of which anything is unknown
-    displaces nothing.
+    arXiv:astro-ph/0501324). The second order, included here, adds products of deflections times the curvature of the
+    light. The deflection by an object is a sum of Gaussian bells around its position, each times the offset from it.
+    The weights of the bells depend on the other parameters of the object, gradients and curvatures on the parameters of
+    the lens. An object with any unknown parameter displaces nothing.
 
     Args:
-        placed: for each object, the numbers of its parameters, of which those of x and y are the last. x goes along the
-            rows of an image, and y from its first row to its last.
-        count: number of all parameters; those of no object are of the lens.
+        placed: indices of the parameters of each object; the last two are those of x and y. x runs along the rows of an
+            image, and y from its first row to its last.
+        count: number of all parameters; those that belong to no object belong to the lens.
         image_shape: (c, h, w).
-        hidden_size: width of the hidden layer that tells the gradients; a third of it tells the curvatures.
+        hidden_size: width of the hidden layer for the gradients; the one for the curvatures has a third of it.
 
     Attributes:
-        scale: phases of x and of y over pixels; at first, images are as wide as eight standard deviations of places.
+        scale: phases of x and of y per pixel; before training, an image is 8 standard deviations of positions wide.
         centre: phases of x and of y in the middle of an image.
     """
 
@@ -366,15 +367,15 @@ class Displacement(nn.Module):
         self.centre = nn.Parameter(torch.zeros(2))
 
     def initialize(self) -> None:
-        """Deflections that fall as 1/r, as those of a point mass, of light that is even: nothing before training."""
+        """Starts with deflections that fall as 1/r, like those of a point mass, and zero gradients and curvatures."""
         for layers in (self.weights, self.gradients, self.curvatures):
             nn.init.zeros_(layers[2].weight)
             nn.init.zeros_(layers[2].bias)
         nn.init.constant_(self.weights[2].bias, _WIDTHS[0])
 
-    @torch.compiler.disable  # how many images have objects differs from batch to batch
+    @torch.compiler.disable  # the number of images with objects differs from batch to batch
     def forward(self, phases: Tensor, vectors: Tensor) -> Tensor:
-        """Phases (n, parameters), NaN where unknown, and principal components (pixels, components)."""
+        """Phases (n, parameters), NaN if unknown, and ``vectors`` (pixels, components) to changes (n, components)."""
         objects = phases[:, self.placed]
         there = objects.isfinite().all(2)
         some = torch.nonzero(there.any(1))[:, 0]  # images of most classes have no such objects
@@ -387,8 +388,8 @@ class Displacement(nn.Module):
         return unchanged.index_copy(0, some, (change @ vectors.to(change.dtype)).float())
 
     def deflections(self, objects: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-        """Along x and along y, (n, h, w), by the phases of objects (n, objects, parameters), which are ``there``
-        (n, objects) or not."""
+        """Deflections along x and along y, each (n, h, w), from the phases of objects (n, objects, parameters); only
+        objects that are ``there`` (n, objects) deflect."""
         widths = self.log_widths.exp()
         weights = self.weights(phase_features(objects[..., :-2]).flatten(2)) * there[..., None] / widths
         places = zip(self.scale, self.centre, self.image_shape[:0:-1], objects[..., -2:].unbind(2), strict=True)
@@ -409,12 +410,12 @@ def _two_layers(features: int, hidden_size: int, outputs: int) -> nn.Sequential:
 
 
 def _centred(size: int, device: torch.device) -> Tensor:
-    """Places of pixels in a row, from its middle."""
+    """Positions (size,) of the pixels in a row, counted from its middle."""
     return torch.arange(size, device=device) - (size - 1) / 2
 
 
 class _Block(nn.Module):
-    """A linear layer and an MLP, each shifted, scaled and gated by the condition; on (n, 1, width)."""
+    """A linear layer and an MLP, each shifted, scaled and gated by the condition. It acts on (n, 1, width)."""
 
     def __init__(self, hidden_size: int, mlp_ratio: float):
         super().__init__()
@@ -431,13 +432,13 @@ class _Block(nn.Module):
 
 
 def fourier_features(coefficients: Tensor) -> Tensor:
-    """Coefficients (n, size) of unit variance, followed by sines and cosines of the first ones.
+    """Coefficients (n, size) of unit variance, followed by sines and cosines of the leading ones.
 
-    Lenses are rough functions of the source position, which a few components tell; a network learns such functions
+    Lenses change rapidly with the source position, which the leading coefficients give. A network learns such functions
     faster from Fourier features (Tancik et al. 2020, arXiv:2006.10739).
 
     Returns:
-        (n, size + 2 * _LEADING * _OCTAVES), or fewer when there are not as many coefficients.
+        (n, size + 2 * _LEADING * _OCTAVES), or fewer columns if there are fewer than ``_LEADING`` coefficients.
     """
     octaves = 2.0 ** torch.arange(_OCTAVES, device=coefficients.device)
     angles = (coefficients[:, :_LEADING, None] * octaves).flatten(-2)
@@ -445,9 +446,10 @@ def fourier_features(coefficients: Tensor) -> Tensor:
 
 
 def without_attention(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of codec and network in a checkpoint from when this network was a transformer of one token.
+    """Weights of codec and network from a checkpoint of the time when the network was a transformer with one token.
 
-    Attention over one token is a linear map, and its position a constant: both are folded into what is there.
+    Attention over one token is a linear map, which becomes the linear layer of a block. The position embedding of one
+    token is a constant, which is added to a bias.
     """
     prefix = "patch_basis."
     codec = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

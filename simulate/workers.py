@@ -7,7 +7,7 @@ import settings
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: in a SLURM job fewer than the node has."""
+    """Cores that this process may use; a SLURM job may use fewer than its node has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

@@ -1,4 +1,4 @@
-"""Measures one epoch over 15,000 files: NpyDataset, warm, against np.load of each file in a DataLoader of 4 workers.
+"""Times one epoch of 15,000 files: NpyDataset with a warm cache, and np.load of each file in a DataLoader of 4 workers.
 
 python tests/measure_loading.py
 """
@@ -21,7 +21,7 @@ FILES = 15000
 
 
 class PlainDataset(Dataset):
-    """The published way: one np.load an image, every epoch."""
+    """Data set of the published code, which calls np.load for every image in every epoch."""
 
     to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
 

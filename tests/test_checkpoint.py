@@ -20,7 +20,7 @@ TINY = {"patch_size": 16, "hidden_size": 16, "depth": 1, "num_heads": 2}
 
 
 def tiny(**changes) -> Generator:
-    """A random generator of lenses."""
+    """A generator of lenses with random weights."""
     model = build_untrained("NanoDiT-S/16", LENSES, (1, 64, 64), **TINY | changes)
     randomized(model.network)
     return model.eval()
@@ -117,7 +117,7 @@ def test_no_checkpoint_runs_code(tmp_path, monkeypatch, inside):
         with pytest.raises(InputError, match=name) as raised:
             load_checkpoint(name)
         assert "\n" not in str(raised.value)
-        assert "weights_only" not in str(raised.value)  # torch advises to turn it off
+        assert "weights_only" not in str(raised.value)  # torch's own message advises turning weights_only off
     assert not (tmp_path / "bombed").exists()
 
 

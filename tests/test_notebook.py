@@ -1,4 +1,4 @@
-"""The notebooks run from their own folder, and what they show is there."""
+"""The notebooks run from their own folder, and their output has the expected pictures and numbers."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 
 @pytest.fixture
 def executed(monkeypatch):
-    """Executes a notebook; what each of its cells of code shows, and what it prints."""
+    """Executes a notebook; returns the outputs that each code cell shows, and the text that it prints."""
     monkeypatch.setitem(os.environ, "PYDEVD_DISABLE_FILE_VALIDATION", "1")
 
     def execute(name):

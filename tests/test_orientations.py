@@ -1,4 +1,4 @@
-"""Each orientation of an image comes as often, and nothing else comes; without a symmetry, nothing is drawn."""
+"""Only the orientations of a symmetry are drawn, each equally often; without a symmetry, nothing is drawn."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from models import flow
 from train.orientations import SYMMETRIES, draw_orientations, oriented, some_of_all, turned
 
 IMAGE = torch.arange(9.0).view(1, 1, 3, 3)
-EXPECTED = {  # by NumPy, of an image whose pixels all differ
+EXPECTED = {  # computed by NumPy, for an image whose pixels all differ
     "none": [lambda x: x],
     "half_turn": [lambda x: x, lambda x: x[::-1, ::-1]],
     "flips": [lambda x: x, lambda x: x[::-1, ::-1], np.fliplr, np.flipud],
@@ -30,7 +30,7 @@ def test_the_orientations_are_those_of_the_symmetry(symmetry):
     images = oriented(IMAGE.expand(4000, 2, 3, 3), ways, symmetry)
     assert images.shape == (4000, 2, 3, 3)
     assert as_tuples(images[:, 0]) == expected
-    assert torch.equal(images[:, 0], images[:, 1])  # channels together
+    assert torch.equal(images[:, 0], images[:, 1])  # all channels are turned together
     counts = torch.bincount(ways)
     assert counts.min() > 0.8 * 4000 / len(expected)
 
@@ -48,7 +48,7 @@ def test_a_subset_is_of_all_images_in_all_orientations():
     few = some_of_all(images, "square", 100)
     assert len(as_tuples(few)) == len(few) == 100
     assert as_tuples(few) <= as_tuples(some)
-    pairs = [{int(image.min()) // 10 for image in pair} for pair in few.split(2)]  # of one image, side by side
+    pairs = [{int(image.min()) // 10 for image in pair} for pair in few.split(2)]  # neighbours show the same image
     assert sorted(next(iter(numbers)) for numbers in pairs) == list(range(50))
     assert all(len(numbers) == 1 for numbers in pairs)
     assert torch.equal(

@@ -1,4 +1,4 @@
-"""A recipe is a complete set of constants that scripts allow; a flag overrides it, and it overrides the script."""
+"""A recipe is a complete set of constants that scripts allow. A flag overrides a recipe, a recipe the script."""
 
 import importlib
 import sys

@@ -274,7 +274,7 @@ def test_a_recipe_that_is_not_there_is_one_line(script, capsys, flags, recipes, 
 )
 @pytest.mark.parametrize("flags", [[], ["--batch_size", "3"]])
 def test_a_recipe_is_checked_as_a_script_is(script, capsys, name, value, complaint, flags):
-    """Even where a flag overrides it."""
+    """Also where a flag overrides the constant of the recipe."""
     with pytest.raises(SystemExit) as stopped:
         settings.from_flags(script, ["--recipe", "bad", *flags], recipes={"bad": {"script": {name: value}}})
     assert stopped.value.code == 2
@@ -427,7 +427,7 @@ def test_half_of_what_torchrun_sets_is_one_line(script, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_script_that_is_asked_to_end_tidies_up(script, monkeypatch, capsys, number):
+def test_a_script_that_is_asked_to_end_tidies_up(script, heard, monkeypatch, capsys, number):
     tidied = []
 
     def main():
@@ -458,7 +458,7 @@ def test_nohup_is_obeyed(monkeypatch):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_progress_bar_in_a_log_file_is_a_line_a_minute(monkeypatch, terminal):
-    """With a clock of its own: 300 steps of a second."""
+    """The bar has a simulated clock: 300 steps of one second each."""
     clock, log = [0.0], io.StringIO()
     log.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", log)
@@ -526,7 +526,7 @@ def of_this_repository():
 
 @pytest.mark.parametrize("script_path", SCRIPTS)
 def test_scripts_run_from_any_folder(script_path, tmp_path, monkeypatch, capsys):
-    """With nothing of this repository imported or on the path, as when Python starts."""
+    """No module of this repository is imported and its root is not on the path, as when Python starts."""
     path = [str((ROOT / script_path).parent), *(place for place in sys.path if Path(place).resolve() != ROOT)]
     monkeypatch.setattr(sys, "path", path)
     monkeypatch.chdir(tmp_path)
@@ -548,7 +548,7 @@ def test_scripts_run_from_any_folder(script_path, tmp_path, monkeypatch, capsys)
     [path if path.startswith("simulate") else pytest.param(path, marks=pytest.mark.long) for path in SCRIPTS],
 )
 def test_scripts_start_in_any_folder(script_path, tmp_path):
-    """The same in a process of their own."""
+    """The same as the test above, with a new process for each script."""
     command = [sys.executable, str(ROOT / script_path), "--help"]
     helped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     lists_every_constant(script_path, helped.stdout)

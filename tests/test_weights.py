@@ -78,11 +78,11 @@ def test_the_conditional_generator_draws_the_very_lenses_of_the_simulator(lens_d
     errors = (drawn - images.images).square().mean((1, 2, 3)).sqrt()
     for name, most in (("axion", 0.004), ("cdm", 0.011), ("no_sub", 0.0025)):
         assert errors[images.labels == images.classes.index(name)].square().mean().sqrt() < most, name
-    assert (model.generate(images.labels) - images.images).square().mean().sqrt() > 0.05  # asked for its class alone
+    assert (model.generate(images.labels) - images.images).square().mean().sqrt() > 0.05  # only the class is given
 
 
 def test_what_is_not_asked_of_it_is_as_in_the_training_set():
-    """Against the law of the recipe: sources from -0.35 to 0.35, log10 axion masses from -24 to -22, uniform."""
+    """The recipe draws uniformly: sources from -0.35 to 0.35, log10 axion masses from -24 to -22."""
     model = load_model(ROOT / "weights" / "conditional_mlp.safetensors", "cpu")
     filled = model.population.fill(torch.zeros(3000, dtype=torch.long), None, seed=0)
     values = {of.name: of.value(filled[:, i].numpy()) for i, of in enumerate(model.lens_parameters)}
