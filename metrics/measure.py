@@ -160,8 +160,7 @@ def measure_cached(
 
 
 def thumbnails_of(images: Tensor) -> Tensor:
-    """Images (n, c, s, s) at a lower resolution, (n, numbers): 32 pixels on a side, or up to 63 if s is not a multiple
-    of 32."""
+    """Images (n, c, s, s) averaged down to 32 to 63 pixels on a side, (n, numbers); those of fewer stay as they are."""
     return F.avg_pool2d(images, max(1, images.shape[-1] // _THUMBNAIL)).flatten(1)
 
 

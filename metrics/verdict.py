@@ -16,7 +16,7 @@ RULE = (
     "from its floor when it is over 4.8 standard deviations of the splits from it: with ten splits, it is so far by "
     f"chance in one of 1,000 cases. It is far from its floor when a distance is over {FAR_RATIO} times the floor, or a "
     f"share over {100 * FAR_DIFFERENCE:.0f} percentage points from it and the 95% intervals do not overlap. At the "
-    "floor: neither, or better than the floor. Near: one of the two. Off: both."
+    "floor: neither, or better than the floor, except for the accuracy. Near: one of the two. Off: both."
 )
 
 

@@ -89,7 +89,7 @@ RECIPES: Recipes = {
             "OUTPUT_PATH": "weights/resnet18_lens.safetensors",
         },
     },
-    # weights/resnet18_observed.safetensors: an hour and a half on two cores, from 90,000 images
+    # weights/resnet18_observed.safetensors: two and a half hours on a busy core, from 90,000 images
     "resnet18_observed": {
         "train_classifier": _CLASSIFIER
         | {

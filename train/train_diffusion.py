@@ -58,8 +58,8 @@ DATA_DIR: str = "data"  # Folder with a folder of images for each class; yours, 
 OUTPUT_DIR: str = "diffusion_training"  # Change it to start another run beside this one
 ON_BAD_FILE: Literal["raise", "skip"] = "raise"  # "skip" trains without the files that cannot be read
 ON_MISSING_CLASS: Literal["raise", "go_on"] = "raise"  # "go_on" trains although a class has no images
-SCALING: Literal[scaling.KINDS] = "image"  # "set" keeps flux; so does "asinh", for real images of high contrast
-AUGMENT: Literal[(*SYMMETRIES,)] = "none"  # Symmetry of the images: "square" for real lenses; see docs/your_data.md
+SCALING: Literal[scaling.KINDS] = "image"  # "set" keeps flux; so does "asinh", for observed images of high contrast
+AUGMENT: Literal[(*SYMMETRIES,)] = "none"  # Symmetry of the images: "square" for observed lenses; see docs/your_data.md
 CACHE_DIR: str | None = None  # Where packed images are kept; None means DATA_DIR itself, if it can be written to
 PARAMETERS: Names = ()  # Physical parameters to ask for, as "source_x,axion_mass:log10"; see docs/parameters.md
 
